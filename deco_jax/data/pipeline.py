@@ -1,0 +1,110 @@
+"""The order of the data, and each host's share of it.
+
+    indices ─► shuffle, epoch by epoch ─► global batches of indices ─► this host's part ─► read and crop
+
+Global batch k is a function of the seed and k alone. Neither the number of hosts nor that of workers changes it, and
+the position in the data is the number of batches consumed: resuming is starting at batch k.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from absl import flags, logging
+from ml_collections import ConfigDict
+
+from deco_jax.data.sources import Source
+from deco_jax.errors import UsageError
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadShare(grain.transforms.Map):
+    """Reads this host's contiguous part of a global batch of indices."""
+
+    source: Source
+    process_index: int
+    process_count: int
+    max_bad_records: int
+
+    def map(self, indices_B: np.ndarray) -> Batch:
+        """(B,) → image (B/P, H, W, 3) uint8, label (B/P,) int32, bad (B/P,) int64."""
+        share = np.split(indices_B, self.process_count)[self.process_index]
+        images, labels, bad = zip(*(self._load(int(index)) for index in share), strict=True)
+        return {
+            "image": np.stack(images),
+            "label": np.array(labels, np.int32),
+            "bad": np.array(bad, np.int64),
+        }
+
+    def _load(self, index: int) -> tuple[np.ndarray, int, int]:
+        """A record and −1; if it cannot be read, the next one that can and the number of the bad one."""
+        for offset in range(self.max_bad_records + 1):
+            try:
+                image, label = self.source.load((index + offset) % len(self.source))
+                return image, label, -1 if offset == 0 else index
+            except Exception as error:  # whatever a decoder throws at a broken file
+                reason = error
+        raise UsageError(
+            f"{self.max_bad_records + 1} records from {self.source.describe(index)} on cannot be read ({reason}); "
+            f"data.max_bad_records={self.max_bad_records}."
+        )
+
+
+class BadRecords:
+    """Counts, names and limits the records that could not be read."""
+
+    def __init__(self, source: Source, limit: int):
+        self.source, self.limit, self.seen = source, limit, set()
+
+    def check(self, bad_B: np.ndarray) -> None:
+        """Takes note of a batch's bad records; raises UsageError once there are more than the limit."""
+        for index in set(bad_B[bad_B >= 0].tolist()) - self.seen:
+            self.seen.add(index)
+            try:
+                self.source.load(index)
+                reason = "readable now"
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+            logging.warning("Skipped unreadable record %d: %s (%s)", len(self.seen), self.source.describe(index), reason)
+        if len(self.seen) > self.limit:
+            raise UsageError(
+                f"{len(self.seen)} records cannot be read, the last {self.source.describe(max(self.seen))}; "
+                f"data.max_bad_records={self.limit} allows fewer. Mend the data or raise the limit."
+            )
+
+
+def batches(
+    config: ConfigDict, seed: int, source: Source, start: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """This host's share of the global batches from number `start` on, without end.
+
+    Args:
+      config: the `data` part of a configuration.
+      seed: of the shuffles.
+      source: the records.
+      start: the first batch's number.
+      process_index, process_count: which host of how many this is.
+
+    Yields:
+      image (B/P, H, W, 3) uint8, label (B/P,) int32, bad (B/P,) int64 (see `BadRecords`; −1 = a good record).
+    """
+    load = LoadShare(source, process_index, process_count, config.max_bad_records)
+    indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(config.batch_size)
+    # Threads and buffers count batches, of up to 50 MB each.
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+    dataset = indices[start:].map(load).to_iter_dataset(options)
+    if config.workers:
+        if not flags.FLAGS.is_parsed():  # grain reads absl's flags when it starts workers
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
+    return iter(dataset)
+
+
+def fingerprint(config: ConfigDict, seed: int, source: Source) -> str:
+    """A hash that is equal for two runs exactly if their global batches are."""
+    parts = (source.identity, len(source), seed, config.batch_size, config.image_size)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

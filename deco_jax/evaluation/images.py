@@ -1,0 +1,27 @@
+"""Pictures on disk: single images and grids, written beside and then renamed."""
+
+import math
+import os
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+
+def make_grid(images_BxHxWx3: np.ndarray, columns: int) -> np.ndarray:
+    """Lays uint8 images out row by row, one white pixel apart; missing ones at the end are white."""
+    b, h, w, c = images_BxHxWx3.shape
+    rows = math.ceil(b / columns)
+    grid = np.full((rows * (h + 1) - 1, columns * (w + 1) - 1, c), 255, np.uint8)
+    for i, image in enumerate(images_BxHxWx3):
+        top, left = i // columns * (h + 1), i % columns * (w + 1)
+        grid[top : top + h, left : left + w] = image
+    return grid
+
+
+def save_png(image_HxWx3: np.ndarray, path: pathlib.Path) -> None:
+    """Writes a uint8 image as PNG; a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    Image.fromarray(image_HxWx3).save(temporary, format="PNG")
+    temporary.replace(path)

@@ -1,0 +1,44 @@
+"""From `config.model` to a network, with every field checked first."""
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from deco_jax.errors import UsageError
+from deco_jax.models.deco import DeCo
+from deco_jax.models.dit import REMAT_POLICIES
+
+_CHOICES = {
+    "kind": ("deco",),
+    "dtype": ("bfloat16", "float32"),
+    "remat": tuple(REMAT_POLICIES),
+    "attention": ("default", "xla", "cudnn"),
+}
+_POSITIVE = ("num_classes", "patch_size", "width", "depth", "heads", "decoder_width", "decoder_depth")
+
+
+def build_model(config: ConfigDict) -> DeCo:
+    """The Flax module that `config` (the `model` part of a configuration) describes.
+
+    Parameters come from `model.init(key, x, t, labels)["params"]`.
+
+    Raises:
+      UsageError: a field is out of range.
+    """
+    for field, allowed in _CHOICES.items():
+        if config[field] not in allowed:
+            raise UsageError(f"model.{field}={config[field]!r} is not known; allowed: {', '.join(allowed)}.")
+    for field in _POSITIVE:
+        if config[field] < 1:
+            raise UsageError(f"model.{field}={config[field]} must be at least 1.")
+    if config.width % (4 * config.heads):
+        raise UsageError(
+            f"model.width={config.width} with model.heads={config.heads} gives heads of {config.width / config.heads:g} "
+            "channels; the 2-D rotary embedding needs a multiple of 4."
+        )
+    return DeCo(
+        **{field: config[field] for field in _POSITIVE},
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+        scan=config.scan,
+        attention=None if config.attention == "default" else config.attention,
+    )

@@ -1,0 +1,1 @@
+"""Weights to and from the PyTorch system's names and shapes."""

@@ -1,0 +1,1 @@
+"""Training: the state, one pure step, and the loop around it."""

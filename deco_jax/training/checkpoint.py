@@ -1,0 +1,163 @@
+"""Checkpoints of a run: what is in one, which may be resumed by which configuration, and reading parts of one.
+
+    workdir/checkpoints/<step>/state   TrainState, as Orbax arrays
+                              /data    position in the data: the number of global batches consumed
+                              /meta    configuration, fingerprint of the data order, version, parameter count
+
+Saving is asynchronous and atomic: a step's folder gets its name when everything in it is written.
+"""
+
+import json
+import logging as python_logging
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+from orbax.checkpoint import checkpoint_managers as policies
+
+from deco_jax.errors import UsageError
+
+FOLDER = "checkpoints"
+# What may differ between a checkpoint and the run that resumes it; everything else may not.
+FREE_FIELDS = (
+    "train.",
+    "sample.",
+    "mesh.",
+    "data.workers",
+    "data.path",
+    "data.max_bad_records",
+    "model.remat",
+    "model.scan",
+    "model.attention",
+)
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, workdir: pathlib.Path, keep: int = 1, keep_every: int = 0, read_only: bool = False):
+        _quiet_orbax()
+        preserve = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
+        self.folder = workdir.absolute() / FOLDER
+        self.manager = ocp.CheckpointManager(
+            self.folder,
+            item_names=("state", "data", "meta"),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(preserve),
+                read_only=read_only,
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,
+            ),
+        )
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self.manager.latest_step()
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Starts writing; returns once the arrays are copied from the devices."""
+        if step in self.manager.all_steps():
+            return
+        self.manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=ocp.args.JsonSave({"batches": step}),
+                meta=ocp.args.JsonSave(meta),
+            ),
+            force=True,
+        )
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What `save` was given beside the state."""
+        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+    def position(self, step: int) -> int:
+        """How many global batches the run had consumed."""
+        return self.manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore())).data["batches"]
+
+    def restore(self, step: int, abstract: Any) -> Any:
+        """The state, onto the devices and shardings that `abstract` (ShapeDtypeStructs) names."""
+        return self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
+
+    def close(self) -> None:
+        """Waits for writes under way."""
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def restore_part(folder: pathlib.Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Reads only the parts of a state that `abstract` names (for instance {"ema": …}), and nothing else from disk."""
+    restore_args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape), abstract)
+    args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
+    with ocp.PyTreeCheckpointer() as reader:
+        return reader.restore(folder / str(step) / "state", args=args)
+
+
+def find_checkpoint(path: str) -> tuple[pathlib.Path, int]:
+    """Where a workdir's newest checkpoint lies, or the one at `path` itself: (folder of checkpoints, step).
+
+    Raises:
+      UsageError: there is none.
+    """
+    given = pathlib.Path(path).expanduser().absolute()
+    if given.name.isdigit() and (given / "state").is_dir():
+        return given.parent, int(given.name)
+    for folder in (given / FOLDER, given):
+        # Orbax renames a folder to its number when it is complete; anything else is not a checkpoint.
+        steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+        if steps:
+            return folder, max(steps)
+    what = "holds no finished checkpoint" if given.exists() else "does not exist"
+    raise UsageError(f"{path} {what}; expected a workdir of `deco train` or one of its checkpoints/<step>.")
+
+
+def read_meta(folder: pathlib.Path, step: int) -> dict[str, Any]:
+    """The meta of a checkpoint found by `find_checkpoint`."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(folder / str(step) / "meta")
+
+
+def make_meta(config: ConfigDict, fingerprint: str, parameters: int, version: str) -> dict[str, Any]:
+    """What is stored beside a state."""
+    return {
+        "config": json.loads(config.to_json_best_effort()),
+        "fingerprint": fingerprint,
+        "parameters": parameters,
+        "version": version,
+    }
+
+
+def check_resumable(saved: dict[str, Any], now: dict[str, Any], where: pathlib.Path) -> None:
+    """Raises UsageError, listing the fields, if a run described by `now` must not continue the one of `saved`."""
+    then, today = _flatten(saved["config"]), _flatten(now["config"])
+    changed = [
+        f"{field}: {then.get(field, '—')} there, {today.get(field, '—')} here"
+        for field in sorted(then.keys() | today.keys())
+        if then.get(field) != today.get(field) and not field.startswith(FREE_FIELDS)
+    ]
+    if not changed and saved["fingerprint"] != now["fingerprint"]:
+        changed = [f"data fingerprint: {saved['fingerprint']} there, {now['fingerprint']} here (the records changed)"]
+    if changed:
+        raise UsageError(
+            f"{where} was trained with another configuration: {'; '.join(changed)}. Restore these values, or start a "
+            "new workdir (with --config.train.init_from to begin from these weights)."
+        )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _quiet_orbax() -> None:
+    """Orbax logs its every step through absl; only its warnings concern a user."""
+    for name in ("absl", "orbax"):
+        python_logging.getLogger(name).setLevel(python_logging.WARNING)

@@ -1,0 +1,250 @@
+"""The run itself, and the only place with side effects: sample → save → next batch → step → report."""
+
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+import deco_jax
+from deco_jax.data import pipeline
+from deco_jax.data.sources import Source, open_source
+from deco_jax.diffusion.flow import to_uint8
+from deco_jax.errors import UsageError
+from deco_jax.evaluation.images import make_grid, save_png
+from deco_jax.models.flops import forward_flops
+from deco_jax.parallel import mesh as meshes
+from deco_jax.parallel.hardware import peak_flops
+from deco_jax.sampling import image_noise, sample
+from deco_jax.training import checkpoint
+from deco_jax.training.metrics import Clock, Progress, Writers
+from deco_jax.training.preemption import stop_request
+from deco_jax.training.state import TrainState, init_state
+from deco_jax.training.step import Trainer, make_trainer
+
+GRID_COLUMNS = 8
+
+
+def train(config: ConfigDict, workdir: str) -> None:
+    """Trains until `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
+
+    Args:
+      config: checked (see `deco_jax.config`).
+      workdir: gets checkpoints/, samples/, tensorboard/, metrics.jsonl and config.json.
+
+    Raises:
+      UsageError: the configuration does not fit the data, the devices or the checkpoint; the data has too many
+        unreadable records; or the loss was not finite for too many steps in a row.
+    """
+    clock, folder = Clock(), pathlib.Path(workdir).expanduser()
+    with clock.phase("start"):
+        mesh = meshes.make_mesh(config.mesh)
+        _check_batch(config, mesh)
+        source = open_source(config.data)
+        if source.num_classes > config.model.num_classes:
+            raise UsageError(
+                f"model.num_classes={config.model.num_classes} is too few; the data has {source.num_classes} classes."
+            )
+        trainer = make_trainer(config)
+        abstract = abstract_state(trainer, mesh)
+        parameters = sum(x.size for x in jax.tree.leaves(abstract.params["network"]))
+        fingerprint = pipeline.fingerprint(config.data, config.seed, source)
+        meta = checkpoint.make_meta(config, fingerprint, parameters, deco_jax.__version__)
+        checkpoints = checkpoint.Checkpoints(folder, config.train.keep, config.train.keep_every)
+        latest = checkpoints.latest()
+        if latest is None:
+            state, step = first_state(trainer, abstract, mesh), 0
+        else:
+            checkpoint.check_resumable(checkpoints.meta(latest), meta, folder)
+            if latest >= config.train.steps:
+                checkpoints.close()
+                print(f"{folder} is done: step {latest} of {config.train.steps}. A larger train.steps continues it.")
+                return
+            state, step = checkpoints.restore(latest, abstract), checkpoints.position(latest)
+    if jax.process_index() == 0:
+        (folder / "config.json").write_text(config.to_json_best_effort(indent=2))
+        print(_summary(config, state, mesh, parameters, latest))
+
+    run = _Run(config, folder, mesh, trainer, source, checkpoints, meta, clock)
+    try:
+        run.loop(state, step)
+    finally:
+        with clock.phase("checkpoint"):
+            checkpoints.close()
+        run.writers.close()
+        run.progress.close()
+        run.progress.say(f"Time: {clock.summary()}.")
+
+
+class _Run:
+    """One call of `train`: the loop, and what it reports."""
+
+    def __init__(self, config, folder, mesh, trainer, source, checkpoints, meta, clock):
+        self.config: ConfigDict = config
+        self.folder: pathlib.Path = folder
+        self.mesh: Mesh = mesh
+        self.trainer: Trainer = trainer
+        self.source: Source = source
+        self.checkpoints: checkpoint.Checkpoints = checkpoints
+        self.meta: dict[str, Any] = meta
+        self.clock: Clock = clock
+        active = jax.process_index() == 0
+        self.writers = Writers(folder, active)
+        self.progress = Progress(config.train.steps, checkpoints.latest() or 0, active)
+        self.step_flops = 3 * forward_flops(trainer.network, config.data.image_size, config.data.image_size)
+        self.peak = peak_flops(jax.devices()[0])
+
+    def loop(self, state: TrainState, step: int) -> None:
+        """Steps to the end, from `step`. The order makes resuming exact: what is saved has not seen the next batch."""
+        config, start = self.config.train, step
+        bad = pipeline.BadRecords(self.source, self.config.data.max_bad_records)
+        host_batches = pipeline.batches(
+            self.config.data, self.config.seed, self.source, step, jax.process_index(), jax.process_count()
+        )
+        train_step = jax.jit(self.trainer.step, donate_argnums=0)
+        logged = None  # (step, its metrics, still on the devices): read when the next step is under way
+        with meshes.use_mesh(self.mesh), stop_request() as stop:
+            while True:
+                finished = step >= config.steps
+                if step > start and (finished or (config.sample_every and step % config.sample_every == 0)):
+                    self.sample(step, state)
+                if step > start and (finished or stop or step % config.save_every == 0):
+                    with self.clock.phase("checkpoint"):
+                        self.checkpoints.save(step, state, self.meta)
+                if finished or stop:
+                    break
+                with self.clock.phase("data"):
+                    host_batch = next(host_batches)
+                    bad.check(host_batch.pop("bad"))
+                    batch = meshes.place_batch(host_batch, self.mesh)
+                with self.clock.phase("compile" if step == start else "step"):
+                    with jax.transfer_guard("allow" if step == start else "disallow"):
+                        state, metrics = train_step(state, batch)
+                    if step == start:
+                        jax.block_until_ready(metrics)
+                        self.since = (step + 1, self.busy())
+                    elif logged is not None:
+                        self.report(*logged)
+                        logged = None
+                step += 1
+                if step % config.log_every == 0 or step == config.steps:
+                    logged = step, metrics
+            if logged is not None:
+                self.report(*logged)
+            if stop:
+                self.checkpoints.close()
+                self.progress.say(
+                    f"Stopped by {stop.signal.name} after step {step}; saved. The same command resumes from there."
+                )
+
+    def busy(self) -> float:
+        """Seconds of this run so far in data and steps, not in sampling, saving or compiling."""
+        return time.perf_counter() - sum(self.clock.seconds[name] for name in ("sample", "checkpoint", "compile"))
+
+    def report(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Writes the scalars of `step`; ends the run if the loss has not been finite for too long."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        (last_step, last_time), now = self.since, self.busy()
+        seconds = (now - last_time) / max(step - last_step, 1)
+        self.since = (step, now)
+        values["step_seconds"] = seconds
+        values["images_per_second"] = self.config.data.batch_size / seconds
+        values["data_wait_seconds"] = self.clock.seconds["data"]
+        if self.peak is not None:
+            values["mfu"] = values["images_per_second"] * self.step_flops / (self.peak * jax.device_count())
+        self.writers.scalars(step, values)
+        self.progress.update(step, values)
+        if values["skipped_in_a_row"] >= self.config.train.max_nonfinite:
+            good = self.checkpoints.latest()
+            raise UsageError(
+                f"loss or gradient not finite for {values['skipped_in_a_row']:.0f} steps up to step {step} "
+                f"(train.max_nonfinite={self.config.train.max_nonfinite}); these steps changed no weights. "
+                f"Last checkpoint: {'none' if good is None else self.checkpoints.folder / str(good)}. "
+                "A lower optimizer.lr, optimizer.clip_norm=1 or optimizer.beta2=0.95 may help."
+            )
+
+    def sample(self, step: int, state: TrainState) -> None:
+        """Draws a grid from the EMA weights and the same noise every time; rows are classes."""
+        config, classes = self.config.sample, self.config.model.num_classes
+        with self.clock.phase("sample"):
+            rows = -(-config.num // GRID_COLUMNS)
+            labels = np.repeat(np.arange(rows) * classes // rows, GRID_COLUMNS)[: config.num]
+            side = self.config.data.image_size
+            noise = image_noise(jax.random.key(self.config.seed), np.arange(config.num), (side, side, 3))
+            images = sample(
+                self.trainer.network,
+                state.ema,
+                labels,
+                noise=noise,
+                steps=config.steps,
+                guidance=config.guidance,
+                guidance_interval=config.guidance_interval,
+                shift=config.shift,
+                solver=config.solver,
+            )
+            grid = make_grid(meshes.fetch(to_uint8(images), self.mesh), GRID_COLUMNS)
+            if jax.process_index() == 0:
+                save_png(grid, self.folder / "samples" / f"step_{step:08d}.png")
+            self.writers.picture(step, grid)
+
+
+def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
+    batch, parts, devices = config.data.batch_size, config.optimizer.accumulation, meshes.batch_devices(mesh)
+    if batch % (parts * devices):
+        unit = parts * devices
+        raise UsageError(
+            f"data.batch_size={batch} is not divisible by {devices} devices × optimizer.accumulation={parts}; "
+            f"nearest: {max(batch // unit, 1) * unit} and {(batch // unit + 1) * unit}."
+        )
+
+
+def _initialise(trainer: Trainer, image_size: int):
+    """The function that makes a fresh state from the run's seed, still with logical axis names."""
+    return lambda: init_state(
+        jax.random.fold_in(jax.random.key(trainer.config.seed), 2**31 - 1),  # no step draws from this key
+        trainer.network,
+        trainer.projector,
+        trainer.optimizer,
+        image_size,
+    )
+
+
+def abstract_state(trainer: Trainer, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a run's state, without computing it."""
+    with meshes.use_mesh(mesh):
+        boxed = jax.eval_shape(_initialise(trainer, trainer.config.model.patch_size))
+    shardings = meshes.state_shardings(boxed, mesh)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings
+    )
+
+
+def first_state(trainer: Trainer, abstract: TrainState, mesh: Mesh) -> TrainState:
+    """A run's state before its first step: random, or with the weights of `train.init_from`."""
+    make = _initialise(trainer, trainer.config.model.patch_size)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    with meshes.use_mesh(mesh):
+        state = jax.jit(lambda: nn.meta.unbox(make()), out_shardings=shardings)()
+    path = trainer.config.train.init_from
+    if not path:
+        return state
+    folder, step = checkpoint.find_checkpoint(path)
+    wanted = {"params": {"network": abstract.params["network"]}, "ema": abstract.ema}
+    part = checkpoint.restore_part(folder, step, wanted)
+    return state.replace(params={**state.params, **part["params"]}, ema=part["ema"])
+
+
+def _summary(config: ConfigDict, state: TrainState, mesh: Mesh, parameters: int, latest: int | None) -> str:
+    """What stands at the top of a run's output."""
+    table = parameter_overview.get_parameter_overview(state.params, include_stats="sharding")
+    shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    begin = f"resumes at step {latest}" if latest else f"starts from {config.train.init_from or 'random weights'}"
+    return (
+        f"{table}\nNetwork: {parameters:,} parameters. {jax.device_count()} × {jax.devices()[0].device_kind} "
+        f"as a mesh of {shape}; {jax.process_count()} process(es). Global batch {config.data.batch_size}. The run {begin}."
+    )

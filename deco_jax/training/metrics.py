@@ -1,0 +1,110 @@
+"""What a run tells: scalars to JSONL and TensorBoard, pictures, a progress bar or plain lines, and where time went."""
+
+import contextlib
+import json
+import pathlib
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+
+import numpy as np
+import tensorboardX
+from tqdm import tqdm
+
+
+class Clock:
+    """Seconds spent in each phase of a run."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent within to `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    def summary(self) -> str:
+        """«step 210.3 s, compile 14.1 s, …», largest first."""
+        parts = sorted(self.seconds.items(), key=lambda item: -item[1])
+        return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in parts)
+
+
+class Writers:
+    """Scalars and pictures of a run, written by the first host only.
+
+    Files: `metrics.jsonl`, one line a logged step, appended to by a resumed run; `tensorboard/`;
+    `samples/step_00001000.png`.
+    """
+
+    def __init__(self, workdir: pathlib.Path, active: bool):
+        self.samples = workdir / "samples"
+        self.jsonl = self.tensorboard = None
+        if active:
+            self.samples.mkdir(parents=True, exist_ok=True)
+            self.jsonl = open(workdir / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
+            self.tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Writes one line of scalars. A value that is not finite becomes null in the JSONL."""
+        if self.jsonl is None:
+            return
+        line = {k: v if np.isfinite(v) else None for k, v in values.items()}
+        self.jsonl.write(json.dumps({"step": step, "time": time.time(), **line}) + "\n")
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, value, step)
+
+    def picture(self, step: int, grid_HxWx3: np.ndarray) -> None:
+        """Shows a grid of samples (uint8) in TensorBoard."""
+        if self.tensorboard is not None:
+            self.tensorboard.add_image("samples", grid_HxWx3, step, dataformats="HWC")
+            self.tensorboard.flush()
+
+    def close(self) -> None:
+        """Flushes both."""
+        if self.jsonl is not None:
+            self.jsonl.close()
+            self.tensorboard.close()
+
+
+class Progress:
+    """A bar with loss, images/s and time left in a terminal; elsewhere a line a log step."""
+
+    def __init__(self, total: int, start: int, active: bool):
+        self.total, self.active = total, active
+        self.bar = None
+        if active and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    def update(self, step: int, values: dict[str, float]) -> None:
+        """Shows the scalars logged for `step`."""
+        shown = f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(shown, refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif self.active:
+            left = (self.total - step) * values["step_seconds"]
+            self.say(f"step {step}/{self.total}: {shown}, {_duration(left)} left")
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if self.active:
+            if self.bar is not None:
+                self.bar.write(text)
+            else:
+                print(text, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

@@ -1,0 +1,140 @@
+"""One training step as a pure function: draw, predict, differentiate, update."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax import Array
+from ml_collections import ConfigDict
+
+from deco_jax.diffusion.flow import Draws, draw, example_keys, to_float
+from deco_jax.diffusion.objective import Objective
+from deco_jax.models import Projector, build_model
+from deco_jax.training.optimizer import learning_rate, make_optimizer
+from deco_jax.training.state import TrainState
+
+Metrics = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The fixed parts of a run and the step they make."""
+
+    config: ConfigDict
+    network: nn.Module
+    projector: nn.Module | None
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+
+    def loss(
+        self, params: Any, images_BxHxWx3: Array, labels_B: Array, draws: Draws, features_BxNxF: Array | None
+    ) -> tuple[Array, Metrics]:
+        """The objective at `params`; see `Objective.__call__`."""
+
+        def network(*args, **kwargs):
+            return self.network.apply({"params": params["network"]}, *args, **kwargs)
+
+        def project(tokens):
+            return self.projector.apply({"params": params["projector"]}, tokens)
+
+        return self.objective(
+            network, project, images_BxHxWx3, labels_B, self.network.null_label, draws, features_BxNxF
+        )
+
+    def update(self, state: TrainState, gradients: Any, metrics: Metrics) -> tuple[TrainState, Metrics]:
+        """Applies gradients: optimiser, then EMA. A step whose loss or gradient is not finite changes neither."""
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        done = state.step - state.skipped
+        decay = self.config.ema.decay
+        if self.config.ema.warmup:
+            decay = jnp.minimum(decay, (1 + done) / (10 + done))
+        ema = jax.tree.map(lambda e, p: e * decay + p * (1 - decay), state.ema, params["network"])
+
+        def if_finite(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        state = TrainState(
+            step=state.step + 1,
+            params=if_finite(params, state.params),
+            ema=if_finite(ema, state.ema),
+            opt_state=if_finite(opt_state, state.opt_state),
+            skipped=state.skipped + ~finite,
+            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        )
+        metrics |= {
+            "gradient_norm": norm,
+            "learning_rate": self.schedule(done),
+            "skipped": state.skipped,
+            "skipped_in_a_row": state.skipped_in_a_row,
+        }
+        return state, metrics
+
+    def step(self, state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
+        """One optimiser step on one global batch.
+
+        Args:
+          state: donated by the caller's jit.
+          batch: image (B, H, W, 3) uint8; label (B,) int32; with alignment, features (B, N, F).
+
+        Returns:
+          (state, metrics); metrics are fp32 or int32 scalars.
+        """
+        config, parts = self.config, self.config.optimizer.accumulation
+        keys_B = example_keys(jax.random.key(config.seed), state.step, batch["image"].shape[0])
+
+        def split(x: Array) -> Array:
+            """(B, …) → (parts, B/parts, …), every device keeping its own examples."""
+            return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+        def gradients(part: tuple[Array, dict[str, Array]]) -> tuple[Any, Metrics]:
+            keys, batch = part
+            images = to_float(batch["image"])
+            images = nn.with_logical_constraint(images, ("batch", None, None, None))
+            flow = config.flow
+            draws = draw(keys, images.shape[1:], flow.time_distribution, flow.time_shift, flow.null_probability)
+            (_, metrics), grads = jax.value_and_grad(self.loss, has_aux=True)(
+                state.params, images, batch["label"], draws, batch.get("features")
+            )
+            return grads, metrics
+
+        if parts == 1:
+            grads, metrics = gradients((keys_B, batch))
+        else:
+            first = jax.eval_shape(gradients, jax.tree.map(lambda x: split(x)[0], (keys_B, batch)))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+            total, _ = jax.lax.scan(
+                lambda sums, part: (jax.tree.map(jnp.add, sums, gradients(part)), None),
+                zeros,
+                jax.tree.map(split, (keys_B, batch)),
+            )
+            grads, metrics = jax.tree.map(lambda x: x / parts, total)
+        return self.update(state, grads, metrics)
+
+
+def make_trainer(config: ConfigDict) -> Trainer:
+    """Puts a run's fixed parts together from its configuration."""
+    loss = config.loss
+    projector = Projector(loss.alignment_features, jnp.dtype(config.model.dtype)) if loss.alignment_weight else None
+    return Trainer(
+        config=config,
+        network=build_model(config.model),
+        projector=projector,
+        objective=Objective(
+            frequency_weight=loss.frequency_weight,
+            frequency_quality=loss.frequency_quality,
+            frequency_mode=loss.frequency_mode,
+            frequency_gamma=loss.frequency_gamma,
+            alignment_weight=loss.alignment_weight,
+            alignment_layer=loss.alignment_layer,
+        ),
+        optimizer=make_optimizer(config.optimizer, config.train.steps),
+        schedule=learning_rate(config.optimizer, config.train.steps),
+    )
