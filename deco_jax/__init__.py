@@ -1,9 +1,8 @@
 """DeCo, frequency-decoupled pixel diffusion, in JAX: build a network, load its weights, draw images."""
 
-__version__ = "0.1.0"
-
 from deco_jax.models import build_model
 from deco_jax.pretrained import load_pretrained
 from deco_jax.sampling import sample
+from deco_jax.version import __version__
 
 __all__ = ["__version__", "build_model", "load_pretrained", "sample"]

@@ -5,8 +5,8 @@ does not stand here is an error that names the nearest one, and a value of anoth
 """
 
 import difflib
-import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
@@ -103,8 +103,8 @@ def default_config() -> ConfigDict:
     return c.lock()
 
 
-def load_config(path: str, overrides: list[str]) -> ConfigDict:
-    """Reads a configuration file, applies `--config.a.b=value` overrides, and checks the result.
+def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Reads a configuration file, applies `--config.<part>.<field>=<value>` overrides, and checks the result.
 
     Args:
       path: a Python file with `get_config()`, or `file.py:argument` for `get_config(argument)`.
@@ -113,24 +113,123 @@ def load_config(path: str, overrides: list[str]) -> ConfigDict:
     Raises:
       UsageError: no such file or field, a value of the wrong type, or one out of range.
     """
-    file = path.split(":")[0] if not pathlib.Path(path).exists() else path
+    file = path.partition(":")[0]
     if not pathlib.Path(file).is_file():
-        known = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
-        raise UsageError(f"--config={path} is no file." + (f" Here are: {', '.join(known)}." if known else ""))
-    for override in overrides:
-        if not override.startswith("--config."):
-            raise UsageError(f"{override} is not known; settings are given as --config.<part>.<field>=<value>.")
-        if "=" not in override:
-            raise UsageError(f"{override} has no value; write {override}=<value>.")
-    argv = ["deco", f"--config={path}", *overrides]
+        known = ", ".join(sorted(str(p) for p in pathlib.Path("configs").glob("*.py")))
+        raise UsageError(f"--config={path} is no file." + (f" Here are: {known}." if known else ""))
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["deco"])
     try:
-        values(argv)
-    except flags.Error as error:
-        raise UsageError(_explain(error, path, overrides)) from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path}: {error}") from error
-    config = values.config
+        values(["deco", f"--config={path}"])
+        config = values.config
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: {_last_line(error)}") from error
+    for override in overrides:
+        config = _override(config, override)
     check_config(config)
     return config
+
+
+def _override(config: ConfigDict, override: str) -> ConfigDict:
+    name, equals, value = override.partition("=")
+    if not name.startswith("--config.") or not equals:
+        raise UsageError(f"{override} is not understood; settings are given as --config.<part>.<field>=<value>.")
+    field, fields = name.removeprefix("--config."), flatten(config)
+    if field not in fields:
+        near = difflib.get_close_matches(field, fields, n=1, cutoff=0)
+        raise UsageError(f"{name} does not exist; nearest: --config.{near[0]}.")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["deco", override])
+    try:
+        values(["deco", override])
+    except (flags.Error, TypeError, ValueError) as error:
+        kind = type(fields[field]).__name__
+        raise UsageError(f"{name}={value} is not of type {kind}; its value now is {fields[field]!r}.") from error
+    return values.config
+
+
+def _last_line(error: Exception) -> str:
+    """The library's message for a field that does not exist ends with "Did you mean …"."""
+    text = str(error.args[0]) if error.args else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1]}"
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"model.width": 1024, …}, of a ConfigDict or of nested dicts."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict | dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+# field: (lowest, highest) allowed, both included.
+_RANGES = {
+    "data.image_size": (1, None),
+    "data.batch_size": (1, None),
+    "data.workers": (0, None),
+    "data.max_bad_records": (0, None),
+    "flow.null_probability": (0, 1),
+    "loss.frequency_weight": (0, None),
+    "loss.frequency_quality": (1, 100),
+    "loss.alignment_weight": (0, None),
+    "optimizer.lr": (0, None),
+    "optimizer.beta1": (0, 1),
+    "optimizer.beta2": (0, 1),
+    "optimizer.eps": (0, None),
+    "optimizer.weight_decay": (0, None),
+    "optimizer.warmup_steps": (0, None),
+    "optimizer.decay_steps": (0, None),
+    "optimizer.clip_norm": (0, None),
+    "optimizer.accumulation": (1, None),
+    "ema.decay": (0, 1),
+    "train.steps": (1, None),
+    "train.max_nonfinite": (1, None),
+    "train.log_every": (1, None),
+    "train.save_every": (1, None),
+    "train.keep": (1, None),
+    "train.keep_every": (0, None),
+    "train.sample_every": (0, None),
+    "sample.num": (1, None),
+}
+_CHOICES = {
+    "data.source": tuple(SOURCES),
+    "flow.time_distribution": TIME_DISTRIBUTIONS,
+    "loss.frequency_mode": WEIGHT_MODES,
+}
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises UsageError for the first value that is out of range or does not fit another."""
+    fields = flatten(config)
+    for field, (low, high) in _RANGES.items():
+        value = fields[field]
+        if value < low or (high is not None and value > high):
+            allowed = f"{low} or more" if high is None else f"from {low} to {high}"
+            raise UsageError(f"{field}={value} must be {allowed}.")
+    for field, allowed in _CHOICES.items():
+        if fields[field] not in allowed:
+            raise UsageError(f"{field}={fields[field]!r} is not known; allowed: {', '.join(allowed)}.")
+    if config.flow.time_shift <= 0:
+        raise UsageError(f"flow.time_shift={config.flow.time_shift} must be positive; 1 is no shift.")
+    sampling = config.sample
+    check_sampling(sampling.steps, sampling.guidance_interval, sampling.shift, sampling.solver)
+    model, size, p = config.model, config.data.image_size, config.model.patch_size
+    build_model(model)
+    if size % p:
+        lower = max(size // p, 1) * p
+        raise UsageError(
+            f"data.image_size={size} is not divisible by model.patch_size={p}; nearest: {lower} and {lower + p}."
+        )
+    if config.loss.alignment_weight and not 1 <= config.loss.alignment_layer <= model.depth:
+        raise UsageError(
+            f"loss.alignment_layer={config.loss.alignment_layer} does not exist; model.depth={model.depth}."
+        )
+    if config.data.batch_size % config.optimizer.accumulation:
+        raise UsageError(
+            f"data.batch_size={config.data.batch_size} is not divisible by "
+            f"optimizer.accumulation={config.optimizer.accumulation}."
+        )

@@ -69,13 +69,14 @@ def check_labels(labels: np.ndarray, num_classes: int) -> None:
     wrong = [int(label) for label in labels if not 0 <= label <= num_classes]
     if wrong:
         raise UsageError(
-            f"labels {wrong[:5]} do not exist; the network has classes 0 to {num_classes - 1}, and {num_classes} is the null label."
+            f"labels {wrong[:5]} do not exist; the network has classes 0 to {num_classes - 1}, "
+            f"and {num_classes} is the null label."
         )
 
 
 @functools.partial(jax.jit, static_argnames="shape")
 def image_noise(key: Array, indices: Array, shape: tuple[int, int, int]) -> Array:
-    """Starting noise of the images with these indices, (len(indices), *shape), fp32: a function of key and index alone."""
+    """Starting noise of the images with these indices, (K, *shape), fp32: a function of key and index alone."""
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
 
 

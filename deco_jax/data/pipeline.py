@@ -69,7 +69,9 @@ class BadRecords:
                 reason = "readable now"
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
-            logging.warning("Skipped unreadable record %d: %s (%s)", len(self.seen), self.source.describe(index), reason)
+            logging.warning(
+                "Skipped unreadable record %d: %s (%s)", len(self.seen), self.source.describe(index), reason
+            )
         if len(self.seen) > self.limit:
             raise UsageError(
                 f"{len(self.seen)} records cannot be read, the last {self.source.describe(max(self.seen))}; "

@@ -29,9 +29,13 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int) -> tuple[np.ndarray, int]: ...
+    def load(self, index: int) -> tuple[np.ndarray, int]:
+        """The record's image, (size, size, 3) uint8, and its label; raises if it cannot be read."""
+        ...
 
-    def describe(self, index: int) -> str: ...
+    def describe(self, index: int) -> str:
+        """Where the record lies, for a person to find it."""
+        ...
 
 
 class Digits:
@@ -45,9 +49,11 @@ class Digits:
     def __init__(self, config: ConfigDict):
         pad = config.image_size - 28
         if pad < 0 or pad % 2:
-            raise UsageError(f"data.image_size={config.image_size} does not suit the digits; 28 or an even number above.")
+            raise UsageError(
+                f"data.image_size={config.image_size} does not suit the digits; 28 or an even number above."
+            )
         content = _digits_file().read_bytes()
-        table = np.loadtxt(gzip.open(io.BytesIO(content)), delimiter=",", dtype=np.uint8)
+        table = np.loadtxt(io.BytesIO(gzip.decompress(content)), delimiter=",", dtype=np.uint8)
         images = np.pad(table[:, :-1].reshape(-1, 28, 28), ((0, 0), (pad // 2,) * 2, (pad // 2,) * 2))
         self.images_KxHxW, self.labels_K = images, table[:, -1].astype(np.int32)
         self.identity = f"digits {hashlib.sha256(content).hexdigest()}"
@@ -56,9 +62,11 @@ class Digits:
         return len(self.labels_K)
 
     def load(self, index: int) -> tuple[np.ndarray, int]:
+        """See `Source`."""
         return np.repeat(self.images_KxHxW[index][..., None], 3, axis=-1), int(self.labels_K[index])
 
     def describe(self, index: int) -> str:
+        """See `Source`."""
         return f"digit {index}"
 
 
@@ -86,7 +94,8 @@ class Folder:
             labels += [label] * len(files)
         if not names:
             raise UsageError(
-                f"data.path={config.path!r} holds no images; expected <class>/<name>{{{','.join(sorted(IMAGE_SUFFIXES))}}}."
+                f"data.path={config.path!r} holds no images; expected <class>/<name> "
+                f"with one of {', '.join(sorted(IMAGE_SUFFIXES))}."
             )
         self.names_K, self.labels_K = np.array(names), np.array(labels, np.int32)
         self.identity = f"folder {hashlib.sha256(chr(0).join(names).encode()).hexdigest()}"
@@ -95,10 +104,12 @@ class Folder:
         return len(self.labels_K)
 
     def load(self, index: int) -> tuple[np.ndarray, int]:
+        """See `Source`."""
         with Image.open(self.describe(index)) as image:
             return center_crop(image, self.size), int(self.labels_K[index])
 
     def describe(self, index: int) -> str:
+        """See `Source`."""
         return str(pathlib.Path(self.root) / str(self.names_K[index]))
 
 
@@ -114,17 +125,17 @@ class TFDS:
             features = builder.info.features
             if not isinstance(features.get("image"), tfds.features.Image) or "label" not in features:
                 raise UsageError(
-                    f"data.name={config.name!r} has the features {sorted(features)}; an image-label set has image and label."
+                    f"data.name={config.name!r} has the features {sorted(features)}; "
+                    "an image-label set has image and label."
                 )
-            self.records = builder.as_data_source(
-                split=config.split, decoders={"image": tfds.decode.SkipDecoding()}
-            )
+            self.records = builder.as_data_source(split=config.split, decoders={"image": tfds.decode.SkipDecoding()})
         except UsageError:
             raise
         except Exception as error:  # tfds has no common base class for "not there"
             reason = str(error).strip().splitlines()[0]
             raise UsageError(
-                f"data.name={config.name!r}, data.split={config.split!r}, data.path={config.path!r} cannot be read ({reason}). "
+                f"data.name={config.name!r}, data.split={config.split!r}, data.path={config.path!r} cannot be read "
+                f"({reason}). "
                 f"Prepare it once, where TensorFlow is installed: tfds build {config.name} --file_format=array_record"
             ) from error
         self.size, self.num_classes = config.image_size, features["label"].num_classes
@@ -134,11 +145,13 @@ class TFDS:
         return len(self.records)
 
     def load(self, index: int) -> tuple[np.ndarray, int]:
+        """See `Source`."""
         record = self.records[index]
         with Image.open(io.BytesIO(record["image"])) as image:
             return center_crop(image, self.size), int(record["label"])
 
     def describe(self, index: int) -> str:
+        """See `Source`."""
         return f"{self.name} record {index}"
 
 

@@ -42,10 +42,8 @@ def draw(keys_B: Array, image_shape: tuple[int, int, int], distribution: str, sh
 
     def one(key: Array) -> Draws:
         time_key, noise_key, drop_key = jax.random.split(key, 3)
-        if distribution == "lognorm":
-            u = jax.nn.sigmoid(jax.random.normal(time_key))
-        else:
-            u = jax.random.uniform(time_key)
+        lognorm = distribution == "lognorm"
+        u = jax.nn.sigmoid(jax.random.normal(time_key)) if lognorm else jax.random.uniform(time_key)
         noise = jax.random.normal(noise_key, image_shape)
         return Draws(shift_time(u, shift), noise, jax.random.bernoulli(drop_key, p_null))
 
@@ -53,7 +51,7 @@ def draw(keys_B: Array, image_shape: tuple[int, int, int], distribution: str, sh
 
 
 def shift_time(u: Array, shift: float) -> Array:
-    """Moves times towards noise: t = u / (u + (1 − u)·shift). shift = 1 leaves them. (SD3, eq. 23, with t = 1 at data.)"""
+    """Moves times towards noise: t = u / (u + (1 − u)·shift). shift = 1 leaves them. (SD3, eq. 23; t = 1 is data.)"""
     return u / (u + (1 - u) * shift)
 
 

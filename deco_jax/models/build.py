@@ -32,8 +32,8 @@ def build_model(config: ConfigDict) -> DeCo:
             raise UsageError(f"model.{field}={config[field]} must be at least 1.")
     if config.width % (4 * config.heads):
         raise UsageError(
-            f"model.width={config.width} with model.heads={config.heads} gives heads of {config.width / config.heads:g} "
-            "channels; the 2-D rotary embedding needs a multiple of 4."
+            f"model.width={config.width} with model.heads={config.heads} gives heads of "
+            f"{config.width / config.heads:g} channels; the 2-D rotary embedding needs a multiple of 4."
         )
     return DeCo(
         **{field: config[field] for field in _POSITIVE},

@@ -52,7 +52,9 @@ class DeCo(nn.Module):
         p = self.patch_size
         _check_sides(height, width, p)
         if hidden_layer is not None and not 1 <= hidden_layer <= self.depth:
-            raise UsageError(f"hidden_layer={hidden_layer} does not exist; model.depth={self.depth} allows 1 to {self.depth}.")
+            raise UsageError(
+                f"hidden_layer={hidden_layer} does not exist; model.depth={self.depth} allows 1 to {self.depth}."
+            )
 
         pixels_BxNxPx3 = to_patches(x_BxHxWx3, p)
         # The patch vector is ordered channel first: c·p² + i·p + j.

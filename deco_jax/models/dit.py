@@ -23,6 +23,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxNxD: Array, angles_NxK: Array) -> Array:
+        """Tokens (B, N, D) and their rotary angles (N, D/h/2) → (B, N, D)."""
         width = x_BxNxD.shape[-1]
         head_dim = width // self.heads
         qkv = Linear(
@@ -48,6 +49,7 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxNxD: Array) -> Array:
+        """(B, N, D) → (B, N, D)."""
         gate = Linear(self.hidden, ("width", "mlp"), use_bias=False, dtype=self.dtype, name="gate")(x_BxNxD)
         up = Linear(self.hidden, ("width", "mlp"), use_bias=False, dtype=self.dtype, name="up")(x_BxNxD)
         down = Linear(x_BxNxD.shape[-1], ("mlp", "width"), use_bias=False, dtype=self.dtype, name="down")
@@ -63,10 +65,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, s_BxNxD: Array, c_BxD: Array, angles_NxK: Array) -> Array:
+        """Tokens, conditions and rotary angles → tokens."""
         width = s_BxNxD.shape[-1]
-        modulation = Linear(
-            (6, width), ("width", None, "modulation"), dtype=self.dtype, name="modulation"
-        )(c_BxD)
+        modulation = Linear((6, width), ("width", None, "modulation"), dtype=self.dtype, name="modulation")(c_BxD)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.moveaxis(modulation[:, :, None, :], 1, 0)
         h = modulate(rms_norm("width", self.dtype, "attention_norm")(s_BxNxD), shift_a, scale_a)
         s_BxNxD = s_BxNxD + gate_a * Attention(self.heads, self.dtype, self.attention, name="attention")(h, angles_NxK)

@@ -56,9 +56,7 @@ class Linear(nn.Module):
         )
         y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=1)
         if self.use_bias:
-            bias = self.param(
-                "bias", nn.with_logical_partitioning(bias_init, self.axes[1:]), features, jnp.float32
-            )
+            bias = self.param("bias", nn.with_logical_partitioning(bias_init, self.axes[1:]), features, jnp.float32)
             y = y + bias.astype(self.dtype)
         return y
 

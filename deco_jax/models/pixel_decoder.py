@@ -53,6 +53,7 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, q_BxNxPxd: Array, condition_BxNxPxd: Array) -> Array:
+        """Both (B, N, p², d); returns q."""
         width = q_BxNxPxd.shape[-1]
         axes = ("decoder_width", "decoder_width_out")
         modulation = Linear(

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
+from deco_jax.config import flatten
 from deco_jax.errors import UsageError
 
 FOLDER = "checkpoints"
@@ -103,11 +104,10 @@ def find_checkpoint(path: str) -> tuple[pathlib.Path, int]:
       UsageError: there is none.
     """
     given = pathlib.Path(path).expanduser().absolute()
-    if given.name.isdigit() and (given / "state").is_dir():
-        return given.parent, int(given.name)
-    for folder in (given / FOLDER, given):
-        # Orbax renames a folder to its number when it is complete; anything else is not a checkpoint.
-        steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    for folder in (given / FOLDER, given, given.parent):
+        steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []  # the complete ones
+        if folder == given.parent:
+            steps = [step for step in steps if given.name == str(step)]
         if steps:
             return folder, max(steps)
     what = "holds no finished checkpoint" if given.exists() else "does not exist"
@@ -132,7 +132,7 @@ def make_meta(config: ConfigDict, fingerprint: str, parameters: int, version: st
 
 def check_resumable(saved: dict[str, Any], now: dict[str, Any], where: pathlib.Path) -> None:
     """Raises UsageError, listing the fields, if a run described by `now` must not continue the one of `saved`."""
-    then, today = _flatten(saved["config"]), _flatten(now["config"])
+    then, today = flatten(saved["config"]), flatten(now["config"])
     changed = [
         f"{field}: {then.get(field, '—')} there, {today.get(field, '—')} here"
         for field in sorted(then.keys() | today.keys())
@@ -145,16 +145,6 @@ def check_resumable(saved: dict[str, Any], now: dict[str, Any], where: pathlib.P
             f"{where} was trained with another configuration: {'; '.join(changed)}. Restore these values, or start a "
             "new workdir (with --config.train.init_from to begin from these weights)."
         )
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def _quiet_orbax() -> None:

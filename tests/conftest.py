@@ -1,0 +1,110 @@
+"""Eight simulated devices for every test, and what several tests share."""
+
+import json
+import pathlib
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from deco_jax.config import default_config
+from deco_jax.models import DeCo
+from deco_jax.porting import names
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def relative_error(ours, theirs) -> float:
+    """‖a − b‖/‖b‖ in float64."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape, f"shape {ours.shape}, recorded {theirs.shape}"
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+@pytest.fixture(scope="session")
+def error():
+    return relative_error
+
+
+class Golden:
+    """A recorded run of the PyTorch system: arrays by key (images turned to NHWC by `image`), and its configuration."""
+
+    def __init__(self, name: str):
+        self.arrays = dict(np.load(GOLDEN / f"{name}.npz"))
+        self.config = json.loads(str(self.arrays["config"])) if "config" in self.arrays else {}
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self.arrays[key]
+
+    def image(self, key: str) -> np.ndarray:
+        return np.moveaxis(self.arrays[key], -3, -1)
+
+    def group(self, prefix: str) -> dict[str, np.ndarray]:
+        return {k.removeprefix(prefix): v for k, v in self.arrays.items() if k.startswith(prefix)}
+
+    def model(self, **changes) -> DeCo:
+        c = self.config
+        fields = {
+            "num_classes": c["num_classes"],
+            "patch_size": c["patch_size"],
+            "width": c["hidden_size"],
+            "depth": c["num_cond_blocks"],
+            "heads": c["num_groups"],
+            "decoder_width": c["hidden_size_x"],
+            "decoder_depth": c["num_blocks"] - c["num_cond_blocks"],
+            "dtype": jnp.float32,
+        }
+        return DeCo(**fields | changes)
+
+    def params(self, prefix: str = "param:"):
+        return names.from_torch(names.DECO, self.group(prefix), abstract_params(self.model()))
+
+
+def abstract_params(model: DeCo):
+    """Shapes of a network's parameters."""
+    p = model.patch_size
+    inputs = jnp.zeros((1, p, p, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
+    return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
+
+
+@pytest.fixture(scope="session")
+def golden():
+    return Golden
+
+
+@pytest.fixture(scope="session")
+def shapes_of():
+    return abstract_params
+
+
+@pytest.fixture
+def tiny_config():
+    """The quickstart shrunk until a step takes milliseconds; the same code paths."""
+    c = default_config()
+    c.model.update(
+        num_classes=10,
+        patch_size=7,
+        width=16,
+        depth=2,
+        heads=2,
+        decoder_width=8,
+        decoder_depth=1,
+        dtype="float32",
+        remat="none",
+    )
+    c.data.update(source="digits", image_size=28, batch_size=16, workers=0)
+    c.optimizer.lr = 1e-3
+    c.train.update(steps=6, log_every=2, save_every=2, sample_every=0, keep=10)
+    c.sample.update(steps=2, num=8)
+    return c
+
+
+@pytest.fixture(scope="session")
+def full_size_shapes():
+    """{network: {PyTorch name: shape}} of the published sizes."""
+    return json.loads((GOLDEN / "full_size_state_dict_shapes.json").read_text())
