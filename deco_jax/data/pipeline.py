@@ -42,14 +42,15 @@ class LoadShare(grain.transforms.Map):
 
     def _load(self, index: int) -> tuple[np.ndarray, int, int]:
         """A record and −1; if it cannot be read, the next one that can and the number of the bad one."""
-        for offset in range(self.max_bad_records + 1):
+        tries = min(self.max_bad_records + 1, len(self.source))
+        for offset in range(tries):
             try:
                 image, label = self.source.load((index + offset) % len(self.source))
                 return image, label, -1 if offset == 0 else index
             except Exception as error:  # whatever a decoder throws at a broken file
                 reason = error
         raise UsageError(
-            f"{self.max_bad_records + 1} records from {self.source.describe(index)} on cannot be read ({reason}); "
+            f"All {tries} records from {self.source.describe(index)} on cannot be read ({reason}); "
             f"data.max_bad_records={self.max_bad_records}."
         )
 
@@ -62,19 +63,18 @@ class BadRecords:
 
     def check(self, bad_B: np.ndarray) -> None:
         """Takes note of a batch's bad records; raises UsageError once there are more than the limit."""
-        for index in set(bad_B[bad_B >= 0].tolist()) - self.seen:
+        for index in sorted(set(bad_B[bad_B >= 0].tolist()) - self.seen):
             self.seen.add(index)
+            self.last = self.source.describe(index)
             try:
                 self.source.load(index)
                 reason = "readable now"
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
-            logging.warning(
-                "Skipped unreadable record %d: %s (%s)", len(self.seen), self.source.describe(index), reason
-            )
+            logging.warning("Skipped unreadable record %d: %s (%s)", len(self.seen), self.last, reason)
         if len(self.seen) > self.limit:
             raise UsageError(
-                f"{len(self.seen)} records cannot be read, the last {self.source.describe(max(self.seen))}; "
+                f"{len(self.seen)} records cannot be read, the last {self.last}; "
                 f"data.max_bad_records={self.limit} allows fewer. Mend the data or raise the limit."
             )
 

@@ -1,7 +1,7 @@
 """Where labelled images come from: handwritten digits, a folder of class folders, any TFDS image-label set.
 
 A source has a length, `load(i)` → (image (size, size, 3) uint8, label), `describe(i)` → where record i lies, and
-`identity`, a text that changes when the records or their order do. Loading a broken record raises.
+`identity`, a text that changes when the records' names, labels or order do. Loading a broken record raises.
 """
 
 import gzip
@@ -89,7 +89,9 @@ class Folder:
         # Kept as text, not as objects: a million of these is copied to every worker.
         self.root, names, labels = str(root), [], []
         for label, name in enumerate(classes):
-            files = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            files = sorted(
+                p for p in (root / name).rglob("[!.]*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
+            )
             names += [str(p.relative_to(root)) for p in files]
             labels += [label] * len(files)
         if not names:
@@ -98,7 +100,7 @@ class Folder:
                 f"with one of {', '.join(sorted(IMAGE_SUFFIXES))}."
             )
         self.names_K, self.labels_K = np.array(names), np.array(labels, np.int32)
-        self.identity = f"folder {hashlib.sha256(chr(0).join(names).encode()).hexdigest()}"
+        self.identity = f"folder {hashlib.sha256(chr(0).join([*classes, '', *names]).encode()).hexdigest()}"
 
     def __len__(self) -> int:
         return len(self.labels_K)
@@ -122,11 +124,12 @@ class TFDS:
         self.name = f"{config.name}/{config.split}"
         try:
             builder = tfds.builder(config.name, data_dir=config.path or None)
-            features = builder.info.features
-            if not isinstance(features.get("image"), tfds.features.Image) or "label" not in features:
+            features = dict(builder.info.features.items())
+            kinds = features.get("image"), features.get("label")
+            if not isinstance(kinds[0], tfds.features.Image) or not isinstance(kinds[1], tfds.features.ClassLabel):
                 raise UsageError(
                     f"data.name={config.name!r} has the features {sorted(features)}; "
-                    "an image-label set has image and label."
+                    "a labelled set has an image and a class label."
                 )
             self.records = builder.as_data_source(split=config.split, decoders={"image": tfds.decode.SkipDecoding()})
         except UsageError:

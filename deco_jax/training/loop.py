@@ -113,32 +113,38 @@ class _Run:
         with meshes.use_mesh(self.mesh), stop_request() as stop:
             while True:
                 finished = step >= config.steps
-                if step > start and (finished or (config.sample_every and step % config.sample_every == 0)):
-                    self.sample(step, state)
-                if step > start and (finished or stop or step % config.save_every == 0):
-                    with self.clock.phase("checkpoint"):
-                        self.checkpoints.save(step, state, self.meta)
+                to_sample = config.sample_every and (finished or step % config.sample_every == 0)
+                to_save = finished or stop or step % config.save_every == 0
+                if step > start and (to_sample or to_save):
+                    if logged is not None:
+                        self.report(*logged)
+                        logged = None
+                    if to_sample:
+                        self.sample(step, state)
+                    if to_save:
+                        with self.clock.phase("checkpoint"):
+                            self.checkpoints.save(step, state, self.meta)
                 if finished or stop:
                     break
                 with self.clock.phase("data"):
                     host_batch = next(host_batches)
                     bad.check(host_batch.pop("bad"))
                     batch = meshes.place_batch(host_batch, self.mesh)
-                with self.clock.phase("compile" if step == start else "step"):
-                    with jax.transfer_guard("allow" if step == start else "disallow"):
+                if step == start:
+                    with self.clock.phase("compile"):
                         state, metrics = train_step(state, batch)
-                    if step == start:
                         jax.block_until_ready(metrics)
-                    elif logged is not None:
+                    self.since = (step + 1, self.busy(), self.clock.seconds["data"])
+                else:
+                    with self.clock.phase("step"), jax.transfer_guard("disallow"):
+                        before, (state, metrics) = metrics, train_step(state, batch)
+                        jax.block_until_ready(before)  # one step runs, one waits: batches do not pile up
+                    if logged is not None:
                         self.report(*logged)
                         logged = None
                 step += 1
-                if step == start + 1:
-                    self.since = (step, self.busy())
                 if step % config.log_every == 0 or step == config.steps:
                     logged = step, metrics
-            if logged is not None:
-                self.report(*logged)
             if stop:
                 self.checkpoints.close()
                 self.progress.say(
@@ -146,19 +152,20 @@ class _Run:
                 )
 
     def busy(self) -> float:
-        """Seconds of this run so far in data and steps, not in sampling, saving or compiling."""
+        """A clock that stands still while the run samples, saves or compiles."""
         return time.perf_counter() - sum(self.clock.seconds[name] for name in ("sample", "checkpoint", "compile"))
 
     def report(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Writes the scalars of `step`; ends the run if the loss has not been finite for too long."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        (last_step, last_time), now = self.since, self.busy()
-        seconds = (now - last_time) / max(step - last_step, 1)
-        self.since = (step, now)
-        values["step_seconds"] = seconds
-        values["images_per_second"] = self.config.data.batch_size / seconds
-        values["data_wait_seconds"] = self.clock.seconds["data"]
-        if self.peak is not None:
+        now, data = self.busy(), self.clock.seconds["data"]
+        last_step, last_time, last_data = self.since
+        self.since = (step, now, data)
+        if step > last_step:  # else it is the first step, whose time is the compiler's
+            values["step_seconds"] = (now - last_time) / (step - last_step)
+            values["data_wait_seconds"] = (data - last_data) / (step - last_step)
+            values["images_per_second"] = self.config.data.batch_size / values["step_seconds"]
+        if self.peak is not None and "images_per_second" in values:
             values["mfu"] = values["images_per_second"] * self.step_flops / (self.peak * jax.device_count())
         self.writers.scalars(step, values)
         self.progress.update(step, values)

@@ -82,13 +82,15 @@ class Progress:
 
     def update(self, step: int, values: dict[str, float]) -> None:
         """Shows the scalars logged for `step`."""
-        shown = f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s"
+        shown, left = f"loss {values['loss']:.4f}", ""
+        if "step_seconds" in values:
+            shown += f", {values['images_per_second']:.0f} images/s"
+            left = f", {_duration((self.total - step) * values['step_seconds'])} left"
         if self.bar is not None:
             self.bar.set_postfix_str(shown, refresh=False)
             self.bar.update(step - self.bar.n)
         elif self.active:
-            left = (self.total - step) * values["step_seconds"]
-            self.say(f"step {step}/{self.total}: {shown}, {_duration(left)} left")
+            self.say(f"step {step}/{self.total}: {shown}{left}")
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""

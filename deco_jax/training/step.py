@@ -47,7 +47,7 @@ class Trainer:
 
     def update(self, state: TrainState, gradients: Any, metrics: Metrics) -> tuple[TrainState, Metrics]:
         """Applies gradients: optimiser, then EMA. A step whose loss or gradient is not finite changes neither."""
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -118,7 +118,7 @@ def test_initialisation_is_the_published_one():
 
     for name, value in tensors.items():
         out, fan_in = value.shape if value.ndim == 2 else (0, 0)
-        if name == "y_embedder.embedding_table.weight" or name.startswith("t_embedder") and name.endswith("weight"):
+        if name.startswith(("y_embedder", "t_embedder")) and name.endswith("weight"):
             assert abs(value.std() / 0.02 - 1) < 0.05 and abs(value.mean()) < 1e-3, name
         elif name.startswith("dec_net") and ("adaLN" in name or "final_layer" in name):
             assert not value.any(), name

@@ -1,0 +1,275 @@
+"""Is the order of the data a function of the seed and the batch number alone, and do broken files leave it whole?"""
+
+import dataclasses
+import itertools
+import multiprocessing
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deco_jax.config import default_config
+from deco_jax.data.pipeline import BadRecords, batches, fingerprint
+from deco_jax.data.sources import open_source
+from deco_jax.errors import UsageError
+
+
+@dataclasses.dataclass
+class Numbers:
+    """Record i is an image full of i, labelled i: a batch's labels are the indices it holds. Some cannot be read."""
+
+    size: int = 90
+    unreadable: frozenset = frozenset()
+    identity: str = "numbers"
+    num_classes: int = 10
+
+    def __len__(self):
+        return self.size
+
+    def load(self, index):
+        if index in self.unreadable:
+            raise OSError(f"{index} is broken")
+        return np.full((2, 2, 3), index, np.uint8), index
+
+    def describe(self, index):
+        return f"number {index}"
+
+
+def data_config(**fields):
+    """The `data` part of a configuration; without workers unless they are asked for."""
+    config = default_config().data
+    config.update({"batch_size": 4, "workers": 0, "image_size": 16, "max_bad_records": 10} | fields)
+    return config
+
+
+def take(count, config, source, seed=0, start=0, **process):
+    return list(itertools.islice(batches(config, seed, source, start, **process), count))
+
+
+def labels(taken):
+    return np.concatenate([batch["label"] for batch in taken])
+
+
+def assert_equal(batch, other, message=""):
+    assert batch.keys() == other.keys()
+    for key in batch:
+        assert batch[key].dtype == other[key].dtype
+        np.testing.assert_array_equal(batch[key], other[key], f"{key}: {message}")
+
+
+# --- order
+
+
+def test_a_batch_is_what_the_trainer_expects():
+    """Shapes and types of the contract with the training step; uint8 keeps the way to the device short."""
+    (batch,) = take(1, data_config(), Numbers())
+    assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
+        "image": ((4, 2, 2, 3), "uint8"),
+        "label": ((4,), "int32"),
+        "bad": ((4,), "int64"),
+    }
+    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["label"], "image and label of different records")
+    assert (batch["bad"] == -1).all()
+
+
+@pytest.mark.parametrize("start", [7, 30])
+def test_starting_at_a_batch_equals_skipping_to_it(start):
+    """Resuming continues the data exactly: a checkpoint holds no more than the number of batches consumed."""
+    skipped = take(start + 6, data_config(), Numbers())[start:]
+    started = take(6, data_config(), Numbers(), start=start)
+    for k, (batch, other) in enumerate(zip(started, skipped, strict=True), start):
+        assert_equal(batch, other, f"batch {k} depends on where the run started")
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_shares_of_the_processes_make_up_the_whole_batch(process_count):
+    """The global batch is the same on any number of hosts, broken records included, so runs can change machines."""
+    config, source = data_config(batch_size=8), Numbers(unreadable=frozenset({2, 3, 89}))
+    shares = [
+        take(12, config, source, start=2, process_index=p, process_count=process_count) for p in range(process_count)
+    ]
+    for whole, parts in zip(take(12, config, source, start=2), zip(*shares, strict=True), strict=True):
+        assert all(len(part["label"]) == 8 // process_count for part in parts)
+        assert_equal({key: np.concatenate([part[key] for part in parts]) for key in whole}, whole)
+
+
+def test_every_epoch_visits_every_record_once_in_its_own_order():
+    """No record is lost or doubled where an epoch ends inside a batch (37 = 9·4 + 1), and none keeps its place."""
+    epochs = labels(take(37, data_config(), Numbers(37))).reshape(4, 37)
+    np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(37), (4, 1)), "an epoch must be a permutation")
+    orders = {tuple(epoch) for epoch in (*epochs.tolist(), range(37))}
+    assert len(orders) == 5, "each epoch must be shuffled anew, and differ from the order on disk"
+
+
+def test_a_batch_larger_than_the_data_set_is_full():
+    """A trial on a handful of images with a production configuration repeats them instead of ending or shrinking."""
+    (batch,) = take(1, data_config(batch_size=25), Numbers(10))
+    assert sorted(np.bincount(batch["label"], minlength=10)) == [2] * 5 + [3] * 5
+
+
+def test_the_seed_decides_the_order():
+    """Equal seeds repeat a run, others do not; neighbouring seeds, the usual choice, included."""
+    orders = [labels(take(9, data_config(), Numbers(36), seed)).tolist() for seed in (0, 0, 1, 2)]
+    assert orders[0] == orders[1]
+    assert len({tuple(order) for order in orders}) == 3
+
+
+# --- files
+
+
+def write_images(root, count=12, classes=3):
+    """`count` JPEGs of noise; returns their paths in the source's order."""
+    rng = np.random.default_rng(0)
+    paths = [root / f"class{i % classes}" / f"{i:02}.jpg" for i in range(count)]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(path)
+    return sorted(paths)
+
+
+def break_images(paths):
+    """Cuts off the first, as an interrupted copy does; overwrites the others with what is no image."""
+    paths[0].write_bytes(paths[0].read_bytes()[:400])
+    for path in paths[1:]:
+        path.write_bytes(b"<html>404 Not Found</html>")
+
+
+def open_folder(root, **fields):
+    config = data_config(source="folder", path=str(root), **fields)
+    return config, open_source(config)
+
+
+def test_workers_change_nothing(tmp_path):
+    """Decoding in two processes yields bit by bit what decoding in this one does, from the middle on, bad files too."""
+    break_images(write_images(tmp_path)[4:6])
+    config, source = open_folder(tmp_path)
+    here = take(7, config, source, start=3)
+    config.workers = 2
+    others, iterator = set(multiprocessing.active_children()), batches(config, 0, source, start=3)
+    for k, expected in enumerate(here, 3):
+        assert_equal(next(iterator), expected, f"batch {k} depends on the number of workers")
+    assert len(set(multiprocessing.active_children()) - others) == 2, (
+        "the workers are not at work, so this compared nothing"
+    )
+
+
+def test_fingerprint_changes_with_what_changes_the_batches(tmp_path):
+    """The position in the data means nothing under another order: resuming compares fingerprints to find out."""
+    write_images(tmp_path / "a")
+    config, source = open_folder(tmp_path / "a")
+    prints = {"as it is": fingerprint(config, 0, source), "seed": fingerprint(config, 1, source)}
+    for field in ("batch_size", "image_size"):
+        prints[field] = fingerprint(*_with(tmp_path / "a", {field: 8}))
+    write_images(tmp_path / "more", count=13)
+    prints["a file more"] = fingerprint(*_with(tmp_path / "more"))
+    paths = write_images(tmp_path / "renamed")
+    paths[0].rename(paths[0].with_name("zz.jpg"))
+    prints["a file renamed"] = fingerprint(*_with(tmp_path / "renamed"))
+    paths = write_images(tmp_path / "moved")
+    paths[0].rename(paths[-1].with_name(paths[0].name))
+    prints["a file of another class"] = fingerprint(*_with(tmp_path / "moved"))
+    prints["another source"] = fingerprint(config, 0, Numbers(12))
+    assert len(set(prints.values())) == len(prints), f"equal fingerprints for different batches: {prints}"
+
+
+def test_fingerprint_changes_with_the_labels(tmp_path):
+    """An empty folder before the others moves every label by one, though no file changes its name."""
+    write_images(tmp_path)
+    before, label_before = fingerprint(*_with(tmp_path)), open_folder(tmp_path)[1].load(0)[1]
+    (tmp_path / "class").mkdir()
+    assert open_folder(tmp_path)[1].load(0)[1] == label_before + 1
+    assert fingerprint(*_with(tmp_path)) != before, "a resumed run would train on other labels unnoticed"
+
+
+def test_fingerprint_keeps_still_for_what_does_not(tmp_path):
+    """More workers, more tolerance or a copy elsewhere: the same batches, so the run may go on."""
+    write_images(tmp_path / "here")
+    write_images(tmp_path / "there")
+    before = fingerprint(*_with(tmp_path / "here"))
+    assert fingerprint(*_with(tmp_path / "here", {"workers": 8, "max_bad_records": 0})) == before
+    assert fingerprint(*_with(tmp_path / "there")) == before
+
+
+def _with(root, fields=None):
+    config, source = open_folder(root, **(fields or {}))
+    return config, 0, source
+
+
+# --- broken records
+
+
+def test_broken_files_leave_batches_full(tmp_path):
+    """One cut-off JPEG among a million must not end a run; its place is filled by the next file that can be read."""
+    paths = write_images(tmp_path)
+    break_images([paths[3], paths[7], paths[8], paths[11]])
+    config, source = open_folder(tmp_path)
+    replacement = {3: 4, 7: 9, 8: 9, 11: 0}
+    taken = take(9, config, source)  # three epochs
+    bad = np.concatenate([batch["bad"] for batch in taken]).reshape(3, 12)
+    assert [sorted(epoch[epoch >= 0].tolist()) for epoch in bad] == [sorted(replacement)] * 3
+    for batch in taken:
+        assert batch["image"].shape == (4, 16, 16, 3)
+        for image, label, index in zip(*(batch[key] for key in ("image", "label", "bad")), strict=True):
+            if index >= 0:
+                expected_image, expected_label = source.load(replacement[index])
+                np.testing.assert_array_equal(image, expected_image, f"not the next readable after {index}")
+                assert label == expected_label, "the label must be that of the image that stands in"
+
+
+def test_a_broken_record_moves_no_other():
+    """The good records keep their places; else a file that breaks halfway would change the order of the rest."""
+    whole = labels(take(45, data_config(), Numbers()))
+    broken = labels(take(45, data_config(), Numbers(unreadable=frozenset({4}))))
+    assert (whole == 4).any()
+    np.testing.assert_array_equal(broken, np.where(whole == 4, 5, whole))
+
+
+def test_each_broken_file_is_counted_and_named_once(tmp_path, caplog):
+    """The log names what to mend, and 800 epochs over one bad file are one bad file, not 800."""
+    paths = write_images(tmp_path)
+    broken = [paths[3], paths[7]]
+    break_images(broken)
+    config, source = open_folder(tmp_path)
+    records = BadRecords(source, limit=2)
+    with caplog.at_level("WARNING", logger="absl"):
+        for batch in take(12, config, source):  # four epochs
+            records.check(batch["bad"])
+    assert records.seen == {3, 7}
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 2, f"one line a file: {warnings}"
+    for path in broken:
+        assert sum(str(path) in line for line in warnings) == 1, f"{path} is not named exactly once: {warnings}"
+    assert all("Error" in line for line in warnings), f"what the decoder said is missing: {warnings}"
+
+
+def test_more_broken_files_than_allowed_stop_the_run(tmp_path):
+    """A data set that rots must not shrink in silence: the first file beyond the limit ends the run."""
+    break_images(write_images(tmp_path)[3:6])
+    config, source = open_folder(tmp_path)
+    bad = [batch["bad"] for batch in take(3, config, source)]  # one epoch
+    allowed = BadRecords(source, limit=3)
+    for bad_B in bad:
+        allowed.check(bad_B)
+    too_many = BadRecords(source, limit=2)
+    with pytest.raises(UsageError, match=r"3 records cannot be read.*data\.max_bad_records=2 "):
+        for bad_B in bad:
+            too_many.check(bad_B)
+
+
+def test_a_limit_of_zero_accepts_whole_data():
+    """0 means "not one": good batches pass, and the first broken record ends the run."""
+    records = BadRecords(Numbers(), limit=0)
+    records.check(np.full(4, -1))
+    assert not records.seen
+    with pytest.raises(UsageError, match=r"data\.max_bad_records=0"):
+        records.check(np.array([-1, 4, -1, -1]))
+
+
+@pytest.mark.parametrize("limit", [0, 3])
+def test_nothing_but_broken_records_ends_the_search(limit):
+    """A wrong mount makes every file unreadable: looking for the next readable one ends once the limit is reached."""
+    config = data_config(batch_size=90, max_bad_records=limit)  # one epoch
+    (batch,) = take(1, config, Numbers(unreadable=frozenset(range(limit))))
+    assert sorted(batch["label"]) == [limit] * limit + list(range(limit, 90)), "as many in a row as allowed is no error"
+    with pytest.raises(UsageError, match=rf"number 0 .*is broken.*data\.max_bad_records={limit}\."):
+        take(1, config, Numbers(unreadable=frozenset(range(limit + 1))))

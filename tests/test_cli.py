@@ -1,0 +1,142 @@
+"""The command line as a user meets it: in processes of its own, with signals."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = [
+    "--config=configs/quickstart.py",
+    *(
+        f"--config.{setting}"
+        for setting in (
+            "model.patch_size=7",
+            "model.width=16",
+            "model.depth=2",
+            "model.heads=2",
+            "model.decoder_width=8",
+            "model.decoder_depth=1",
+            "data.batch_size=16",
+            "train.log_every=1",
+            "train.save_every=1000",
+            "train.sample_every=0",
+            "sample.steps=2",
+        )
+    ),
+]
+
+
+def deco(*args, **kwargs):
+    command = [sys.executable, "-m", "deco_jax", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A run of a million steps that got SIGTERM: (workdir, output, exit code)."""
+    workdir = tmp_path_factory.mktemp("run")
+    command = [sys.executable, "-m", "deco_jax", "train", *TINY, f"--workdir={workdir}", "--config.train.steps=1000000"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step 5/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest, _ = process.communicate(timeout=120)
+    return workdir, "".join(lines) + rest, process.returncode
+
+
+def test_sigterm_saves_and_says_how_to_go_on(interrupted):
+    workdir, output, code = interrupted
+    assert code == 0, output
+    (step,) = [int(p.name) for p in (workdir / "checkpoints").iterdir()]
+    assert step >= 5
+    assert f"Stopped by SIGTERM after step {step}; saved. The same command resumes from there." in output
+    assert "Network: " in output and "transformer/layers/block/attention/qkv/kernel" in output, "no parameter table"
+
+
+def test_a_killed_run_resumes_exactly(interrupted, tmp_path):
+    """SIGKILL after a checkpoint, resume, and the same number of steps straight: bitwise equal weights."""
+    args = ["train", *TINY, "--config.train.save_every=4"]
+    command = [sys.executable, "-m", "deco_jax", *args, f"--workdir={tmp_path}/a", "--config.train.steps=100000"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("step 1"):
+            break
+    while not (tmp_path / "a/checkpoints/4/_CHECKPOINT_METADATA").exists():
+        assert process.poll() is None, "the run ended by itself"
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    saved = max(int(p.name) for p in (tmp_path / "a/checkpoints").iterdir() if p.name.isdigit())
+    steps = f"--config.train.steps={saved + 8}"
+    outputs = [deco(*args, "--workdir", tmp_path / run, steps) for run in ("a", "b")]
+    assert [o.returncode for o in outputs] == [0, 0], outputs
+    from deco_jax import load_pretrained
+
+    for weights in ("ema", "online"):
+        a, b = (load_pretrained(str(tmp_path / run), weights)[1] for run in ("a", "b"))
+        flat = [np.concatenate([np.ravel(x) for x in __import__("jax").tree.leaves(tree)]) for tree in (a, b)]
+        np.testing.assert_array_equal(*flat)
+    losses = [{e["step"]: e["loss"] for e in map(json.loads, (tmp_path / r / "metrics.jsonl").open())} for r in "ab"]
+    common = losses[0].keys() & losses[1].keys()
+    assert len(common) >= 8 and all(losses[0][k] == losses[1][k] for k in common)
+
+
+def test_sample_draws_the_same_image_whatever_the_batch(interrupted, tmp_path):
+    workdir = interrupted[0]
+    base = ["sample", "--workdir", workdir, "--labels", "3,1-2", "--steps", 2, "--guidance", 2, "--seed", 7]
+    first = deco(*base, "--num", 6, "--out", tmp_path / "a")
+    assert first.returncode == 0, first.stderr
+    assert "6 images and grid.png" in first.stdout
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    second = deco(*base, "--num", 5, "--batch-size", 2, "--out", tmp_path / "b", env=env)
+    assert second.returncode == 0, second.stderr
+    for i in range(5):
+        a, b = (np.asarray(Image.open(tmp_path / f / f"{i:05d}.png")).astype(int) for f in "ab")
+        assert a.shape == (28, 28, 3)
+        assert np.abs(a - b).max() <= 1, f"image {i} depends on the batch or the devices"
+    assert Image.open(tmp_path / "a" / "grid.png").size == (2 * 29 - 1, 3 * 29 - 1)  # a row for each label
+
+    again = deco(*base, "--num", 6, "--out", tmp_path / "a")
+    assert again.returncode == 2 and "already holds pictures; choose another folder or pass --overwrite" in again.stderr
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["train", *TINY, "--workdir=W", "--config.optimizer.lrr=1"], "nearest: --config.optimizer.lr."),
+        (["train", "--config=configs/none.py", "--workdir=W"], "configs/none.py is no file. Here are: configs/"),
+        (["train", *TINY, "--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is no folder"),
+        (["sample", "--workdir=W", "--out=O"], "does not exist; expected a workdir of `deco train`"),
+    ],
+)
+def test_mistakes_are_one_line(args, message, tmp_path):
+    args = [a.replace("=W", f"={tmp_path}/w").replace("=O", f"={tmp_path}/o") for a in args]
+    result = deco(*args)
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("deco: error: ") and message in line
+    assert not (tmp_path / "w").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = deco("sample", "--workdir", tmp_path / "none", "--out", tmp_path, "--debug")
+    assert "Traceback" in result.stderr and "UsageError" in result.stderr
+
+
+def test_the_core_needs_neither_tensorflow_nor_torch():
+    """Also when they are installed, nothing here imports them."""
+    code = "import sys, deco_jax, deco_jax.training.loop; print({'tensorflow', 'torch'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"

@@ -1,0 +1,171 @@
+"""Whole runs, in this process: exact resuming, finished runs, sample grids, logs, diverging losses, bad records."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import deco_jax
+from deco_jax.errors import UsageError
+from deco_jax.training import checkpoint, loop
+from deco_jax.training.loop import train
+
+
+def final_state(workdir):
+    """Everything in the newest checkpoint, read without our own code path: Orbax into numpy."""
+    import orbax.checkpoint as ocp
+
+    folder, step = checkpoint.find_checkpoint(str(workdir))
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.restore(folder / str(step) / "state", args=ocp.args.PyTreeRestore())
+    return step, {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def assert_same(a, b):
+    assert a[0] == b[0] and a[1].keys() == b[1].keys()
+    for name in a[1]:
+        np.testing.assert_array_equal(a[1][name], b[1][name], err_msg=name)
+
+
+def logged(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Six steps without interruption; compiled once for the module's tests that compare with it."""
+    return tmp_path_factory.mktemp("straight")
+
+
+def test_resuming_is_exact(tiny_config, straight, tmp_path):
+    """6 steps straight, and 3, then 3 in a new run: bitwise equal parameters, EMA, optimiser and losses."""
+    tiny_config.train.update(log_every=1, save_every=3, sample_every=3)
+    train(tiny_config, str(straight))
+    tiny_config.train.steps = 3
+    train(tiny_config, str(tmp_path))
+    tiny_config.train.steps = 6
+    tiny_config.data.workers = 2  # the order of the data does not depend on it
+    train(tiny_config, str(tmp_path))
+    assert_same(final_state(tmp_path), final_state(straight))
+    assert [line["step"] for line in logged(straight)] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in logged(tmp_path)] == [line["loss"] for line in logged(straight)]
+
+    # What a run leaves behind.
+    first = logged(straight)[0]
+    names = {"loss", "loss_flow", "loss_frequency", "gradient_norm", "learning_rate", "images_per_second"}
+    assert names | {"step_seconds", "data_wait_seconds", "skipped"} <= first.keys()
+    assert all(math.isfinite(value) for value in first.values())
+    assert list((straight / "tensorboard").glob("events.out.tfevents.*"))
+    grids = sorted(p.name for p in (straight / "samples").iterdir())
+    assert grids == ["step_00000003.png", "step_00000006.png"]
+    assert Image.open(straight / "samples" / grids[0]).size == (8 * 28 + 7, 28)
+
+    # A finished run says so, and nothing changes.
+    before = {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()}
+    train(tiny_config, str(straight))
+    assert before == {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()}
+
+    # Another configuration must not go on from here; what does not change the result may differ.
+    tiny_config.train.steps = 9
+    tiny_config.optimizer.lr = 5e-4
+    tiny_config.data.batch_size = 32
+    with pytest.raises(UsageError) as error:
+        train(tiny_config, str(straight))
+    assert "data.batch_size: 16 there, 32 here; optimizer.lr: 0.001 there, 0.0005 here" in str(error.value)
+    assert checkpoint.find_checkpoint(str(straight))[1] == 6
+
+    # Both sets of weights load, from the workdir and from one checkpoint.
+    model, ema = deco_jax.load_pretrained(str(straight))
+    _, online = deco_jax.load_pretrained(str(straight / "checkpoints" / "6"), weights="online")
+    state = final_state(straight)[1]
+    for name, params in (("ema", ema), ("params']['network", online)):
+        for path, value in jax.tree_util.tree_leaves_with_path(params):
+            np.testing.assert_array_equal(value, state[f"['{name}']{jax.tree_util.keystr(path)}"])
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (ema, online)), strict=True))
+    images = deco_jax.sample(model, ema, [0, 10], jax.random.key(0), image_size=28, steps=1)
+    assert images.shape == (2, 28, 28, 3)
+
+    # A new run may start from these weights, with a fresh optimiser.
+    tiny_config.train.update(init_from=str(straight), steps=1, sample_every=0)
+    tiny_config.optimizer.lr = 0.0
+    tiny_config.ema.decay = 1.0
+    train(tiny_config, str(tmp_path / "new"))
+    fresh = final_state(tmp_path / "new")[1]
+    for name, value in state.items():
+        if name.startswith(("['params']", "['ema']")):
+            np.testing.assert_array_equal(fresh[name], value, err_msg=name)
+    assert fresh["['step']"] == 1
+
+
+def test_a_half_written_checkpoint_is_never_chosen(tiny_config, tmp_path):
+    tiny_config.train.update(steps=2)
+    train(tiny_config, str(tmp_path))
+    folder = tmp_path / "checkpoints"
+    complete = folder / "2"
+    for name in ("9", "8.orbax-checkpoint-tmp-1234"):  # killed while writing, in either of Orbax's ways of finishing
+        (folder / name / "state").mkdir(parents=True)
+        (folder / name / "state" / "_METADATA").write_bytes((complete / "state" / "_METADATA").read_bytes())
+    assert checkpoint.find_checkpoint(str(tmp_path)) == (folder, 2)
+    assert checkpoint.Checkpoints(tmp_path).latest() == 2
+    with pytest.raises(UsageError, match="9 holds no finished checkpoint"):
+        checkpoint.find_checkpoint(str(folder / "9"))
+
+
+def test_a_diverged_run_stops_and_keeps_its_last_checkpoint(tiny_config, tmp_path, monkeypatch):
+    tiny_config.train.update(steps=20, max_nonfinite=3, log_every=1, save_every=2)
+    make = loop.make_trainer
+
+    def diverging(config):
+        trainer = make(config)
+        step = trainer.step
+
+        def poisoned(state, batch):
+            objective = trainer.objective
+            weight = jax.numpy.where(state.step < 2, 1.0, jax.numpy.inf)
+            return dataclasses.replace(trainer, objective=dataclasses.replace(objective, frequency_weight=weight)).step(
+                state, batch
+            )
+
+        assert step
+        return _Stepping(trainer, poisoned)
+
+    monkeypatch.setattr(loop, "make_trainer", diverging)
+    with pytest.raises(UsageError, match=r"not finite for 3 steps up to step 5 .*max_nonfinite=3"):
+        train(tiny_config, str(tmp_path))
+    step, state = final_state(tmp_path)
+    assert step >= 2 and all(np.isfinite(v).all() for v in state.values())
+    assert logged(tmp_path)[-1]["loss"] is None, "a loss that is not finite is null in JSON"
+
+
+class _Stepping:
+    """A trainer with another step."""
+
+    def __init__(self, trainer, step):
+        self.trainer, self.step = trainer, step
+
+    def __getattr__(self, name):
+        return getattr(self.trainer, name)
+
+
+def test_mistakes_are_found_before_anything_is_written(tiny_config, tmp_path):
+    workdir = tmp_path / "run"
+    for field, value, message in [
+        ("batch_size", 12, "data.batch_size=12 is not divisible by 8 devices"),
+        ("image_size", 14, "data.image_size=14 does not suit the digits"),
+    ]:
+        config = tiny_config.copy_and_resolve_references()
+        config.data[field] = value
+        with pytest.raises(UsageError, match=message):
+            train(config, str(workdir))
+    tiny_config.model.num_classes = 9
+    with pytest.raises(UsageError, match="model.num_classes=9 is too few; the data has 10 classes"):
+        train(tiny_config, str(workdir))
+    tiny_config.model.num_classes = 10
+    tiny_config.train.init_from = str(tmp_path / "nothing")
+    with pytest.raises(UsageError, match="nothing does not exist"):
+        train(tiny_config, str(workdir))
+    assert not (workdir / "config.json").exists()

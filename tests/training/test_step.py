@@ -1,0 +1,131 @@
+"""The training step: accumulation, skipped steps, EMA, learning rate, clipping."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from deco_jax.training.optimizer import learning_rate, make_optimizer
+from deco_jax.training.state import init_state
+from deco_jax.training.step import make_trainer
+
+
+def fresh(trainer):
+    """A state off the published initialisation, which predicts exactly 0: every parameter has a gradient."""
+
+    @jax.jit
+    def make():
+        state = nn.meta.unbox(init_state(jax.random.key(0), trainer.network, trainer.projector, trainer.optimizer, 28))
+        shaken = jax.tree.map(lambda p: p + 0.02 * jax.random.normal(jax.random.key(1), p.shape), state.params)
+        return state.replace(params=shaken, ema=shaken["network"])
+
+    return make()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (16, 28, 28, 3), np.uint8),
+        "label": rng.integers(0, 10, 16).astype(np.int32),
+        "features": rng.normal(size=(16, 16, 24)).astype(np.float32),
+    }
+
+
+def test_accumulation_changes_nothing(tiny_config, batch, error):
+    """4 parts against 1, with every loss on: same metrics and same weights, as the draws belong to the example."""
+    tiny_config.loss.update(alignment_weight=0.5, alignment_layer=1, alignment_features=24)
+    results = []
+    for parts in (1, 4):
+        tiny_config.optimizer.accumulation = parts
+        trainer = make_trainer(tiny_config)
+        results.append(jax.jit(trainer.step)(fresh(trainer), batch))
+    (one, metrics_one), (four, metrics_four) = results
+    assert {"loss", "loss_flow", "loss_frequency", "loss_alignment"} <= metrics_one.keys()
+    for name in metrics_one:
+        assert abs(metrics_one[name] - metrics_four[name]) <= 1e-5 * abs(metrics_one[name]), name
+    gradients = [s.opt_state[0].mu for s in (one, four)]
+    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+        assert error(a, b) < 1e-5
+
+
+def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(tiny_config, batch):
+    trainer = make_trainer(tiny_config)
+    # An infinite weight of one loss term makes the loss, and every gradient, not finite.
+    bad = dataclasses.replace(trainer, objective=dataclasses.replace(trainer.objective, frequency_weight=float("inf")))
+    state, _ = jax.jit(trainer.step)(fresh(trainer), batch)
+    once, metrics = jax.jit(bad.step)(state, batch)
+    assert not np.isfinite(metrics["loss"])
+    twice, _ = jax.jit(bad.step)(once, batch)
+    for field in ("params", "ema", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(twice, field), getattr(state, field))
+    assert (int(twice.step), int(twice.skipped), int(twice.skipped_in_a_row)) == (3, 2, 2)
+    good, _ = jax.jit(trainer.step)(twice, batch)
+    assert (int(good.step), int(good.skipped), int(good.skipped_in_a_row)) == (4, 2, 0)
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (good.params, state.params)), strict=True))
+
+
+def test_ema_starts_at_the_parameters_and_decays_as_told(tiny_config, batch):
+    """Guards against an average that starts at zero, and one whose warm-up counts skipped steps."""
+    tiny_config.ema.decay = 0.75
+    trainer = make_trainer(tiny_config)
+    make = jax.jit(lambda: nn.meta.unbox(init_state(jax.random.key(0), trainer.network, None, trainer.optimizer, 28)))
+    start = make()
+    jax.tree.map(np.testing.assert_array_equal, start.ema, start.params["network"])
+    state, _ = jax.jit(trainer.step)(start, batch)
+    expected = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * p, start.ema, state.params["network"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), state.ema, expected)
+
+    tiny_config.ema.warmup = True
+    warm = make_trainer(tiny_config)
+    state, _ = jax.jit(warm.step)(start, batch)
+    expected = jax.tree.map(lambda e, p: 0.1 * e + 0.9 * p, start.ema, state.params["network"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), state.ema, expected)
+
+
+def test_each_step_draws_anew_and_repeats_itself(tiny_config, batch):
+    trainer = make_trainer(tiny_config)
+    step, state = jax.jit(trainer.step), fresh(make_trainer(tiny_config))
+    loss = [float(step(state.replace(step=jnp.int32(k)), batch)[1]["loss"]) for k in (0, 1, 0)]
+    assert loss[0] == loss[2] != loss[1]
+
+
+def test_learning_rate_rises_stays_and_falls(tiny_config):
+    tiny_config.optimizer.update(lr=0.5, warmup_steps=4, decay_steps=5)
+    rate = [float(learning_rate(tiny_config.optimizer, 20)(k)) for k in range(20)]
+    np.testing.assert_allclose(rate[:5], [0.1, 0.2, 0.3, 0.4, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(rate[5:16], 0.5, rtol=1e-6)
+    np.testing.assert_allclose(rate[16:], [0.4, 0.3, 0.2, 0.1], rtol=1e-6)
+    tiny_config.optimizer.update(warmup_steps=0, decay_steps=0)
+    assert {float(learning_rate(tiny_config.optimizer, 20)(k)) for k in (0, 10**6)} == {0.5}
+
+
+def test_adamw_written_out(tiny_config):
+    """Two updates against the formula, with weight decay and clipping of the global norm."""
+    o = tiny_config.optimizer
+    o.update(lr=0.1, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.01, clip_norm=1.0)
+    optimizer = make_optimizer(o, 10)
+    w, m, v = np.array([1.0, -2.0]), np.zeros(2), np.zeros(2)
+    params, state = jnp.array(w), optimizer.init(jnp.array(w))
+    for k, raw in enumerate(([3.0, 4.0], [0.3, -0.4]), 1):
+        g = np.array(raw) / max(1.0, np.linalg.norm(raw))
+        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g**2
+        w = w - 0.1 * (m / (1 - 0.8**k) / (np.sqrt(v / (1 - 0.9**k)) + 1e-3) + 0.01 * w)
+        updates, state = optimizer.update(jnp.array(raw), state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(params, w, rtol=1e-5)
+
+
+def test_the_reported_gradient_norm_is_a_norm(tiny_config, batch):
+    """Guards against a norm that was never square-rooted, and one taken after the clip."""
+    tiny_config.optimizer.clip_norm = 1e-3
+    trainer = make_trainer(tiny_config)
+    state = fresh(trainer)
+    gradients = jax.tree.map(jnp.ones_like, state.params)
+    _, metrics = trainer.update(state, gradients, {"loss": jnp.float32(0)})
+    count = sum(p.size for p in jax.tree.leaves(state.params))
+    assert abs(float(metrics["gradient_norm"]) - np.sqrt(count)) < 1e-3 * np.sqrt(count)
