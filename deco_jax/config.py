@@ -151,7 +151,7 @@ def _override(config: ConfigDict, override: str) -> ConfigDict:
 def _last_line(error: Exception) -> str:
     """The library's message for a field that does not exist ends with "Did you mean …"; it arrives as a repr."""
     lines = [line.strip(" '") for line in str(error).replace("\\n", "\n").splitlines() if line.strip(" '")]
-    return f"{type(error).__name__}: {lines[-1]}"
+    return lines[-1].removeprefix("TypeError: ")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

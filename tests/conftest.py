@@ -1,7 +1,13 @@
-"""Eight simulated devices for every test, and what several tests share."""
+"""Eight simulated devices for every test, one compilation cache for all of them, and what several tests share."""
 
 import json
+import os
 import pathlib
+import tempfile
+
+# Tests and the processes they start compile the same small programs again and again.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="deco_jax_tests_"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
 
@@ -80,6 +86,14 @@ def golden():
 @pytest.fixture(scope="session")
 def shapes_of():
     return abstract_params
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+    """For tests of what a program computes, not of how it is compiled: most of XLA's optimisations off."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -21,6 +22,7 @@ from deco_jax.config import flatten
 from deco_jax.errors import UsageError
 
 FOLDER = "checkpoints"
+ITEMS = ("state", "data", "meta")
 # What may differ between a checkpoint and the run that resumes it; everything else may not.
 FREE_FIELDS = (
     "train.",
@@ -38,18 +40,18 @@ FREE_FIELDS = (
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, workdir: pathlib.Path, keep: int = 1, keep_every: int = 0, read_only: bool = False):
+    def __init__(self, workdir: pathlib.Path, keep: int = 1, keep_every: int = 0):
         _quiet_orbax()
         preserve = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         self.folder = workdir.absolute() / FOLDER
+        if jax.process_index() == 0:
+            _set_aside_incomplete(self.folder)
         self.manager = ocp.CheckpointManager(
             self.folder,
-            item_names=("state", "data", "meta"),
+            item_names=ITEMS,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(preserve),
-                read_only=read_only,
-                create=not read_only,
-                cleanup_tmp_directories=not read_only,
+                cleanup_tmp_directories=True,
             ),
         )
 
@@ -105,7 +107,7 @@ def find_checkpoint(path: str) -> tuple[pathlib.Path, int]:
     """
     given = pathlib.Path(path).expanduser().absolute()
     for folder in (given / FOLDER, given, given.parent):
-        steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []  # the complete ones
+        steps = [int(p.name) for p in _step_folders(folder) if _is_complete(p)]
         if folder == given.parent:
             steps = [step for step in steps if given.name == str(step)]
         if steps:
@@ -145,6 +147,27 @@ def check_resumable(saved: dict[str, Any], now: dict[str, Any], where: pathlib.P
             f"{where} was trained with another configuration: {'; '.join(changed)}. Restore these values, or start a "
             "new workdir (with --config.train.init_from to begin from these weights)."
         )
+
+
+def _step_folders(folder: pathlib.Path) -> list[pathlib.Path]:
+    return [p for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+
+
+def _is_complete(step_folder: pathlib.Path) -> bool:
+    """Orbax notes the time of the commit last, when everything else is on disk."""
+    try:
+        metadata = json.loads((step_folder / "_CHECKPOINT_METADATA").read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(metadata.get("commit_timestamp_nsecs")) and all((step_folder / item).is_dir() for item in ITEMS)
+
+
+def _set_aside_incomplete(folder: pathlib.Path) -> None:
+    for path in _step_folders(folder):
+        if not _is_complete(path):
+            aside = path.with_name(f"{path.name}.incomplete")
+            logging.warning("%s is incomplete; renamed to %s.", path, aside.name)
+            path.rename(aside)
 
 
 def _quiet_orbax() -> None:

@@ -13,17 +13,18 @@ from deco_jax.training.optimizer import learning_rate, make_optimizer
 from deco_jax.training.state import init_state
 from deco_jax.training.step import make_trainer
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
-def fresh(trainer):
+
+def shaken(trainer):
     """A state off the published initialisation, which predicts exactly 0: every parameter has a gradient."""
-
-    @jax.jit
-    def make():
-        state = nn.meta.unbox(init_state(jax.random.key(0), trainer.network, trainer.projector, trainer.optimizer, 28))
-        shaken = jax.tree.map(lambda p: p + 0.02 * jax.random.normal(jax.random.key(1), p.shape), state.params)
-        return state.replace(params=shaken, ema=shaken["network"])
-
-    return make()
+    state = jax.eval_shape(
+        lambda: nn.meta.unbox(init_state(jax.random.key(0), trainer.network, trainer.projector, trainer.optimizer, 28))
+    )
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: rng.normal(0, 0.2, p.shape).astype(np.float32), state.params)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
+    return zeros.replace(params=params, ema=params["network"])
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_accumulation_changes_nothing(tiny_config, batch, error):
     for parts in (1, 4):
         tiny_config.optimizer.accumulation = parts
         trainer = make_trainer(tiny_config)
-        results.append(jax.jit(trainer.step)(fresh(trainer), batch))
+        results.append(jax.jit(trainer.step)(shaken(trainer), batch))
     (one, metrics_one), (four, metrics_four) = results
     assert {"loss", "loss_flow", "loss_frequency", "loss_alignment"} <= metrics_one.keys()
     for name in metrics_one:
@@ -57,7 +58,7 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(tiny_config,
     trainer = make_trainer(tiny_config)
     # An infinite weight of one loss term makes the loss, and every gradient, not finite.
     bad = dataclasses.replace(trainer, objective=dataclasses.replace(trainer.objective, frequency_weight=float("inf")))
-    state, _ = jax.jit(trainer.step)(fresh(trainer), batch)
+    state, _ = jax.jit(trainer.step)(shaken(trainer), batch)
     once, metrics = jax.jit(bad.step)(state, batch)
     assert not np.isfinite(metrics["loss"])
     twice, _ = jax.jit(bad.step)(once, batch)
@@ -69,27 +70,25 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(tiny_config,
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (good.params, state.params)), strict=True))
 
 
-def test_ema_starts_at_the_parameters_and_decays_as_told(tiny_config, batch):
+def test_ema_starts_at_the_parameters_and_decays_as_told(tiny_config):
     """Guards against an average that starts at zero, and one whose warm-up counts skipped steps."""
     tiny_config.ema.decay = 0.75
     trainer = make_trainer(tiny_config)
     make = jax.jit(lambda: nn.meta.unbox(init_state(jax.random.key(0), trainer.network, None, trainer.optimizer, 28)))
     start = make()
     jax.tree.map(np.testing.assert_array_equal, start.ema, start.params["network"])
-    state, _ = jax.jit(trainer.step)(start, batch)
-    expected = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * p, start.ema, state.params["network"])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), state.ema, expected)
-
-    tiny_config.ema.warmup = True
-    warm = make_trainer(tiny_config)
-    state, _ = jax.jit(warm.step)(start, batch)
-    expected = jax.tree.map(lambda e, p: 0.1 * e + 0.9 * p, start.ema, state.params["network"])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), state.ema, expected)
+    gradients = jax.tree.map(jnp.ones_like, start.params)
+    for warmup, decay in ((False, 0.75), (True, 0.1)):
+        tiny_config.ema.warmup = warmup
+        update = jax.jit(make_trainer(tiny_config).update)
+        state, _ = update(start, gradients, {"loss": jnp.float32(0)})
+        expected = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, start.ema, state.params["network"])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), state.ema, expected)
 
 
 def test_each_step_draws_anew_and_repeats_itself(tiny_config, batch):
     trainer = make_trainer(tiny_config)
-    step, state = jax.jit(trainer.step), fresh(make_trainer(tiny_config))
+    step, state = jax.jit(trainer.step), shaken(trainer)
     loss = [float(step(state.replace(step=jnp.int32(k)), batch)[1]["loss"]) for k in (0, 1, 0)]
     assert loss[0] == loss[2] != loss[1]
 
@@ -124,8 +123,8 @@ def test_the_reported_gradient_norm_is_a_norm(tiny_config, batch):
     """Guards against a norm that was never square-rooted, and one taken after the clip."""
     tiny_config.optimizer.clip_norm = 1e-3
     trainer = make_trainer(tiny_config)
-    state = fresh(trainer)
+    state = shaken(trainer)
     gradients = jax.tree.map(jnp.ones_like, state.params)
-    _, metrics = trainer.update(state, gradients, {"loss": jnp.float32(0)})
+    _, metrics = jax.jit(trainer.update)(state, gradients, {"loss": jnp.float32(0)})
     count = sum(p.size for p in jax.tree.leaves(state.params))
     assert abs(float(metrics["gradient_norm"]) - np.sqrt(count)) < 1e-3 * np.sqrt(count)
