@@ -8,6 +8,7 @@ the position in the data is the number of batches consumed: resuming is starting
 
 import dataclasses
 import hashlib
+import signal
 from collections.abc import Iterator
 
 import grain
@@ -102,8 +103,14 @@ def batches(
     if config.workers:
         if not flags.FLAGS.is_parsed():  # grain reads absl's flags when it starts workers
             flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
+        options = grain.MultiprocessingOptions(num_workers=config.workers)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_ignore_ctrl_c)
     return iter(dataset)
+
+
+def _ignore_ctrl_c(worker: int, workers: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main one saves and then ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def fingerprint(config: ConfigDict, seed: int, source: Source) -> str:

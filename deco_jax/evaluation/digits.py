@@ -77,7 +77,8 @@ def measure(workdir: str) -> dict[str, float]:
     settings = {name: config.sample[name] for name in ("steps", "guidance", "guidance_interval", "shift", "solver")}
     images = np.stack(list(generate(model, params, labels, 0, config.data.image_size, 100, **settings)))
     by_class = np.argsort(labels, kind="stable").reshape(10, -1)[:, :SHOWN_A_CLASS].ravel()
-    save_png(make_grid(images[by_class], SHOWN_A_CLASS), pathlib.Path(workdir) / "samples.png")
+    grid = make_grid(images[by_class], SHOWN_A_CLASS).repeat(2, axis=0).repeat(2, axis=1)
+    save_png(grid, pathlib.Path(workdir) / "samples.png")
 
     data = default_config().data
     data.update(source="digits", image_size=28)

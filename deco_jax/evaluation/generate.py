@@ -39,7 +39,7 @@ def generate(
     """
     mesh = meshes.make_mesh(ConfigDict({"data": -1, "fsdp": 1, "tensor": 1}), jax.local_devices())
     params = jax.device_put(params, meshes.replicated(mesh))
-    batch_size = -(-batch_size // mesh.size) * mesh.size
+    batch_size = -(-min(batch_size, len(labels)) // mesh.size) * mesh.size
     key = jax.random.key(seed)
     for start in range(0, len(labels), batch_size):
         indices = np.arange(start, start + batch_size)

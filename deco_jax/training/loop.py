@@ -52,6 +52,11 @@ def train(config: ConfigDict, workdir: str) -> None:
             raise UsageError(
                 f"model.num_classes={config.model.num_classes} is too few; the data has {source.num_classes} classes."
             )
+        if config.loss.alignment_weight:
+            raise UsageError(
+                f"loss.alignment_weight={config.loss.alignment_weight} needs a teacher's features in every batch; "
+                f"data.source={config.data.source!r} has none. 0 trains without."
+            )
         trainer = make_trainer(config)
         abstract = abstract_state(trainer, mesh)
         parameters = sum(x.size for x in jax.tree.leaves(abstract.params["network"]))
@@ -145,6 +150,7 @@ class _Run:
                 step += 1
                 if step % config.log_every == 0 or step == config.steps:
                     logged = step, metrics
+            host_batches.close()
             if stop:
                 self.checkpoints.close()
                 self.progress.say(
@@ -244,6 +250,14 @@ def first_state(trainer: Trainer, abstract: TrainState, mesh: Mesh) -> TrainStat
     if not path:
         return state
     folder, step = checkpoint.find_checkpoint(path)
+    theirs, ours = checkpoint.read_meta(folder, step)["config"]["model"], trainer.config.model.to_dict()
+    different = [
+        f"model.{field}: {theirs.get(field)} there, {value} here"
+        for field, value in ours.items()
+        if theirs.get(field) != value and field not in ("dtype", "remat", "scan", "attention")
+    ]
+    if different:
+        raise UsageError(f"train.init_from={path} holds another network: {'; '.join(different)}.")
     wanted = {"params": {"network": abstract.params["network"]}, "ema": abstract.ema}
     part = checkpoint.restore_part(folder, step, wanted)
     return state.replace(params={**state.params, **part["params"]}, ema=part["ema"])

@@ -1,0 +1,102 @@
+"""How close are we to the recorded PyTorch system? Prints the table of docs/numbers.md and writes agreement.json.
+
+python benchmarks/agreement.py [OUTPUT.json]
+"""
+
+import json
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conftest import Golden, relative_error
+
+import deco_jax
+from deco_jax.diffusion.frequency import block_dct, frequency_loss, frequency_weights, rgb_to_ycbcr
+from deco_jax.diffusion.samplers import euler, time_grid
+from deco_jax.porting import names
+
+
+def network(case: str) -> dict[str, float]:
+    g = Golden(case)
+    model, params, labels = g.model(), g.params(), g["y"].astype(np.int32)
+    layer = g.config["align_layer"]
+    v, tokens = model.apply({"params": params}, g.image("x"), g["t"], labels, hidden_layer=layer)
+
+    def loss(params, x):
+        return jnp.mean((model.apply({"params": params}, x, g["t"], labels) - g.image("target")) ** 2)
+
+    by_params, by_x = jax.grad(loss, (0, 1))(params, g.image("x"))
+    theirs, ours = g.group("grad:"), names.to_torch(names.DECO, by_params)
+    return {
+        f"{case}: output": relative_error(v, g.image("out")),
+        f"{case}: tokens after block {layer}": relative_error(tokens, g[f"hidden_after_block{layer}"]),
+        f"{case}: gradient of x": relative_error(by_x, g.image("grad_x")),
+        f"{case}: gradients of {len(theirs)} parameters": max(relative_error(ours[n], theirs[n]) for n in theirs),
+    }
+
+
+def frequency() -> dict[str, float]:
+    g, errors = Golden("frequency_loss"), {}
+    errors["frequency: 40 weight tables"] = max(
+        relative_error(frequency_weights(int(q[1:]), mode, float(gamma[1:])), table)
+        for (mode, q, gamma), table in ((key.split(":"), table) for key, table in g.group("weights:").items())
+    )
+    transforms, losses = [], []
+    for case in ("a", "pad"):
+        pred, target = g.image(f"{case}:pred"), g.image(f"{case}:target")
+        transforms.append(
+            relative_error(jnp.moveaxis(block_dct(rgb_to_ycbcr(pred)), -1, 1), g[f"{case}:dct_pred"]),
+        )
+        for quality, value in g.group(f"{case}:freq_loss:q").items():
+            losses.append(
+                relative_error(frequency_loss(pred - target, frequency_weights(int(quality), "inv_gamma", 1.0)), value)
+            )
+    return errors | {"frequency: block DCT": max(transforms), "frequency: losses": max(losses)}
+
+
+def sampling() -> dict[str, float]:
+    g, errors = Golden("samplers"), []
+    for case in ("euler_50", "euler_100_cfg3.2_interval", "euler_20_shift3", "euler_10_laststep"):
+        c = json.loads(str(g[f"{case}:config"]))
+        x = euler(
+            lambda x, t, y: jnp.sin(3 * x + y[:, None, None, None]) - x * t[:, None, None, None],
+            g[f"{case}:noise"],
+            jnp.array([1, 2]),
+            jnp.array([5, 5]),
+            time_grid(c["num_steps"], c.get("timeshift", 1.0), c.get("last_step")),
+            c["guidance"],
+            (c.get("guidance_interval_min", 0.0), c.get("guidance_interval_max", 1.0)),
+        )
+        errors.append(relative_error(x, g[f"{case}:trajectory"][-1]))
+    s, c2i = Golden("sample_deco_c2i"), Golden("deco_c2i")
+    images = deco_jax.sample(
+        c2i.model(),
+        c2i.params(),
+        s["condition"],
+        noise=s.image("noise"),
+        steps=s.config["num_steps"],
+        guidance=s.config["guidance"],
+        guidance_interval=(s.config["guidance_interval_min"], s.config["guidance_interval_max"]),
+    )
+    return {
+        "samplers: 4 Euler trajectories": max(errors),
+        "samplers: deco_c2i, 12 guided steps": relative_error(images, s.image("samples")),
+    }
+
+
+def main() -> None:
+    errors = network("deco_c2i") | network("deco_c2i_wide") | frequency() | sampling()
+    print("| recorded | largest relative error |\n|---|---|")
+    for name, error in errors.items():
+        print(f"| {name} | {error:.1e} |")
+    if len(sys.argv) > 1:
+        pathlib.Path(sys.argv[1]).write_text(json.dumps(errors, indent=2))
+
+
+if __name__ == "__main__":
+    main()
