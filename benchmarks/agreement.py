@@ -89,8 +89,25 @@ def sampling() -> dict[str, float]:
     }
 
 
+def training() -> dict[str, float]:
+    g = Golden("train_trajectory")
+    state, history = g.replay()
+    terms = ("loss_flow", "loss_frequency", "loss_alignment", "loss")
+    losses = np.array([[metrics[term] for term in terms] for metrics in history])
+    groups = {
+        "weights": ("denoiser", names.DECO, state.params["network"]),
+        "EMA": ("ema_denoiser", names.DECO, state.ema),
+        "projector": ("diffusion_trainer", names.PROJECTOR, state.params["projector"]),
+    }
+    errors = {"training: 4 losses of 10 steps": max(map(relative_error, losses.ravel(), g["losses"].ravel()))}
+    for label, (group, table, params) in groups.items():
+        ours, theirs = names.to_torch(table, params), g.group(f"final:{group}.")
+        errors[f"training: {label} after 10 steps"] = max(relative_error(ours[n], theirs[n]) for n in theirs)
+    return errors
+
+
 def main() -> None:
-    errors = network("deco_c2i") | network("deco_c2i_wide") | frequency() | sampling()
+    errors = network("deco_c2i") | network("deco_c2i_wide") | frequency() | sampling() | training()
     print("| recorded | largest relative error |\n|---|---|")
     for name, error in errors.items():
         print(f"| {name} | {error:.1e} |")

@@ -19,8 +19,11 @@ import pytest
 from flax import linen as nn
 
 from deco_jax.config import default_config
+from deco_jax.diffusion.flow import Draws, shift_time
 from deco_jax.models import DeCo
 from deco_jax.porting import names
+from deco_jax.training.state import TrainState
+from deco_jax.training.step import make_trainer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -69,6 +72,71 @@ class Golden:
 
     def params(self, prefix: str = "param:"):
         return names.from_torch(names.DECO, self.group(prefix), abstract_params(self.model()))
+
+    def replay(self):
+        """Our training steps with the recorded draws: (final state, metrics of each step)."""
+        c = self.config
+        config = default_config()
+        config.model.update(
+            num_classes=c["num_classes"],
+            patch_size=c["patch_size"],
+            width=c["hidden_size"],
+            depth=c["num_cond_blocks"],
+            heads=c["num_groups"],
+            decoder_width=c["hidden_size_x"],
+            decoder_depth=c["num_blocks"] - c["num_cond_blocks"],
+            dtype="float32",
+            remat="full",
+        )
+        config.loss.update(
+            frequency_weight=c["freq_loss_weight"],
+            frequency_quality=c["freq_quality"],
+            alignment_weight=c["feat_loss_weight"],
+            alignment_layer=c["align_layer"],
+            alignment_features=c["enc_dim"],
+        )
+        config.optimizer.update(
+            lr=c["lr"], beta1=c["betas"][0], beta2=c["betas"][1], eps=c["eps"], weight_decay=c["weight_decay"]
+        )
+        config.ema.decay = c["ema_decay"]
+        config.train.steps = c["steps"]
+        trainer = make_trainer(config)
+
+        tokens = jnp.zeros((1, 1, c["hidden_size"]))
+        projector_like = jax.eval_shape(trainer.projector.init, jax.random.key(0), tokens)["params"]
+        params = {
+            "network": self.params("param:denoiser."),
+            "projector": names.from_torch(
+                names.PROJECTOR, self.group("param:diffusion_trainer."), nn.meta.unbox(projector_like)
+            ),
+        }
+        params = jax.tree.map(jnp.asarray, params)
+        zero = jnp.int32(0)
+        state = TrainState(zero, params, params["network"], trainer.optimizer.init(params), zero, zero)
+
+        @jax.jit
+        def step(state, images, labels, draws, features):
+            (_, metrics), gradients = jax.value_and_grad(trainer.loss, has_aux=True)(
+                state.params, images, labels, draws, features
+            )
+            return trainer.update(state, gradients, metrics)
+
+        history = []
+        for k in range(c["steps"]):
+            draws = Draws(
+                shift_time(jax.nn.sigmoid(self["time_normal"][k]), c["timeshift"]),
+                self.image("noise")[k],
+                self["drop_label"][k],
+            )
+            state, metrics = step(
+                state,
+                self.image("images")[k],
+                self["labels"][k].astype(np.int32),
+                draws,
+                self["repa_features"][k],
+            )
+            history.append(metrics)
+        return state, history
 
 
 def abstract_params(model: DeCo):
