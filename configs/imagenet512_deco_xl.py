@@ -1,6 +1,7 @@
 """DeCo-XL/16, ImageNet 512²: 100k steps more from a 256² checkpoint. The same 682.3 M parameters.
 
-  deco train --config configs/imagenet512_deco_xl.py --workdir DIR --config.train.init_from=DIR_OF_THE_256_RUN
+  deco train --config configs/imagenet512_deco_xl.py --workdir DIR --config.data.path=TFDS_DIR \\
+    --config.train.init_from=WORKDIR_OF_THE_256_RUN
 
 Rotary positions span [0, 16] at every size and the decoder works in its patch, so no parameter is new or changes shape.
 Hardware: upstream used 16 examples × 8 GPUs × 2 accumulation steps. This project has not run it yet.
@@ -28,7 +29,7 @@ def get_config() -> ConfigDict:
     c.optimizer.lr = 1e-4  # constant
     c.optimizer.accumulation = 2  # as upstream; 1 where memory allows, with the same result
     c.train.steps = 100_000
-    c.train.init_from = ""  # the 256² run's workdir or checkpoint: give it on the command line
+    c.train.init_from = "WORKDIR_OF_THE_256_RUN"  # its workdir or a checkpoint in it: give it on the command line
     c.sample.steps = 100  # Euler
     c.sample.guidance = 5.0
     return c

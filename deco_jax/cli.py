@@ -18,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         args.run(args, rest)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UsageError as error:
         if args.debug:
             raise
@@ -55,7 +57,7 @@ def _add_sample(commands) -> None:
     where.add_argument("--checkpoint", metavar="PATH", help="one checkpoint: WORKDIR/checkpoints/STEP")
     parser.add_argument("--out", required=True, metavar="DIR", help="gets grid.png and one PNG an image")
     parser.add_argument(
-        "--labels", default="all", help="as in 0,1,5-9; image i shows label i modulo their number (default: all)"
+        "--labels", default="all", help="as in 0,1,5-9,null; image i shows label i modulo their number (default: all)"
     )
     parser.add_argument("--num", type=int, default=64, help="images (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i alone (default: 0)")

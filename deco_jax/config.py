@@ -6,6 +6,7 @@ does not stand here is an error that names the nearest one, and a value of anoth
 
 import difflib
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,8 +123,10 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     try:
         values(["deco", f"--config={path}"])
         config = values.config
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # the file is a program; whatever it raises is the answer to "why not"
         raise UsageError(f"{path}: {_last_line(error)}") from error
+    if not isinstance(config, ConfigDict) or flatten(config).keys() != flatten(default_config()).keys():
+        raise UsageError(f"{path}: get_config() must start from deco_jax.config.default_config() and return it.")
     for override in overrides:
         config = _override(config, override)
     check_config(config)
@@ -167,6 +170,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 # field: (lowest, highest) allowed, both included.
 _RANGES = {
+    "seed": (0, 2**31 - 1),
     "data.image_size": (1, None),
     "data.batch_size": (1, None),
     "data.workers": (0, None),
@@ -206,16 +210,16 @@ def check_config(config: ConfigDict) -> None:
     fields = flatten(config)
     for field, (low, high) in _RANGES.items():
         value = fields[field]
-        if value < low or (high is not None and value > high):
+        if not low <= value <= (sys.float_info.max if high is None else high):  # NaN fits nowhere
             allowed = f"{low} or more" if high is None else f"from {low} to {high}"
             raise UsageError(f"{field}={value} must be {allowed}.")
     for field, allowed in _CHOICES.items():
         if fields[field] not in allowed:
             raise UsageError(f"{field}={fields[field]!r} is not known; allowed: {', '.join(allowed)}.")
-    if config.flow.time_shift <= 0:
+    if not 0 < config.flow.time_shift < float("inf"):
         raise UsageError(f"flow.time_shift={config.flow.time_shift} must be positive; 1 is no shift.")
     sampling = config.sample
-    check_sampling(sampling.steps, sampling.guidance_interval, sampling.shift, sampling.solver)
+    check_sampling(sampling.steps, sampling.guidance, sampling.guidance_interval, sampling.shift, sampling.solver)
     model, size, p = config.model, config.data.image_size, config.model.patch_size
     build_model(model)
     if size % p:

@@ -28,7 +28,9 @@ def load_pretrained(path: str, weights: Literal["ema", "online"] = "ema") -> tup
     if weights not in ("ema", "online"):
         raise UsageError(f"weights={weights!r} is not known; allowed: ema, online.")
     folder, step = checkpoint.find_checkpoint(path)
-    model = build_model(ConfigDict(checkpoint.read_meta(folder, step)["config"]["model"]))
+    config = ConfigDict(checkpoint.read_meta(folder, step)["config"]["model"])
+    config.attention = "default"  # the run's choice may not exist on this machine
+    model = build_model(config)
     params = checkpoint.restore_part(folder, step, _wanted(model, weights))
     return model, params["ema"] if weights == "ema" else params["params"]["network"]
 

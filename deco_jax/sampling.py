@@ -17,7 +17,7 @@ from deco_jax.errors import UsageError
 def sample(
     model: nn.Module,
     params: Any,
-    labels: Array | Sequence[int],
+    labels: Array | Sequence[int | str],
     key: Array | None = None,
     *,
     noise: Array | None = None,
@@ -32,7 +32,7 @@ def sample(
 
     Args:
       model, params: see `build_model` and `load_pretrained`.
-      labels: (B,) integers in [0, model.num_classes]; the last one is the null label.
+      labels: (B,) integers in [0, model.num_classes); the string "null" asks for the null class.
       key: of the starting noise; image i starts from `image_noise(key, i, …)` whatever the batch.
       noise: (B, H, W, 3), the starting noise itself; replaces key and image_size.
       image_size: side or (height, width) in pixels; needed with key.
@@ -48,11 +48,8 @@ def sample(
     Raises:
       UsageError: an argument is missing or out of range.
     """
-    check_sampling(steps, guidance_interval, shift, solver)
-    labels_B = np.asarray(labels)
-    if labels_B.ndim != 1 or not np.issubdtype(labels_B.dtype, np.integer):
-        raise UsageError(f"labels must be a list of integers, one an image; got {labels!r}.")
-    check_labels(labels_B, model.num_classes)
+    check_sampling(steps, guidance, guidance_interval, shift, solver)
+    labels_B = label_numbers(labels, model)
     if noise is None:
         if key is None or image_size is None:
             raise UsageError("sample needs noise=…, or key=… together with image_size=….")
@@ -64,14 +61,26 @@ def sample(
     return run(params, jnp.asarray(noise), jnp.asarray(labels_B, jnp.int32))
 
 
-def check_labels(labels: np.ndarray, num_classes: int) -> None:
-    """Raises UsageError unless all labels lie in [0, num_classes] (num_classes is the null label)."""
-    wrong = [int(label) for label in labels if not 0 <= label <= num_classes]
+def label_numbers(labels: Array | Sequence[int | str], model: nn.Module) -> np.ndarray:
+    """Labels as the network takes them, (B,) int32.
+
+    Raises:
+      UsageError: one is neither a class of the network nor "null".
+    """
+    values = list(np.asarray(labels) if hasattr(labels, "dtype") else labels)
+    wrong = [
+        value
+        for value in values
+        if not (isinstance(value, str) and value == "null")
+        and not (isinstance(value, int | np.integer) and 0 <= value < model.num_classes)
+    ]
     if wrong:
+        shown = ", ".join(str(value) for value in wrong[:5])
         raise UsageError(
-            f"labels {wrong[:5]} do not exist; the network has classes 0 to {num_classes - 1}, "
-            f"and {num_classes} is the null label."
+            f"labels {shown} do not exist; the network has the classes 0 to {model.num_classes - 1} "
+            'and, by that name, "null".'
         )
+    return np.array([model.null_label if isinstance(value, str) else value for value in values], np.int32)
 
 
 @functools.partial(jax.jit, static_argnames="shape")

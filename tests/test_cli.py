@@ -48,7 +48,15 @@ def deco(*args, env=ENV):
 
 def start(*args):
     command = [sys.executable, "-m", "deco_jax", *map(str, args)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENV,
+        start_new_session=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +79,14 @@ def test_sigterm_saves_and_says_how_to_go_on(interrupted):
     assert code == 0, output
     (step,) = [int(p.name) for p in (workdir / "checkpoints").iterdir()]
     assert step >= 5
-    assert f"Stopped by SIGTERM after step {step}; saved. The same command resumes from there." in output
+    assert f"Stopped by SIGTERM; step {step} is saved. The same command resumes from there." in output
     assert "Network: " in output and "transformer/layers/block/attention/qkv/kernel" in output, "no parameter table"
 
 
-def test_a_killed_run_resumes_exactly(interrupted, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_resumes_exactly(interrupted, tmp_path, workers):
     """SIGKILL after a checkpoint, resume, and the same number of steps straight: bitwise equal weights."""
-    args = ["train", *TINY, "--config.train.save_every=4"]
+    args = ["train", *TINY, "--config.train.save_every=4", f"--config.data.workers={workers}"]
     process = start(*args, f"--workdir={tmp_path}/a", "--config.train.steps=100000")
     for line in process.stdout:
         if line.startswith("step 1"):
@@ -99,6 +108,34 @@ def test_a_killed_run_resumes_exactly(interrupted, tmp_path):
     losses = [{e["step"]: e["loss"] for e in map(json.loads, (tmp_path / r / "metrics.jsonl").open())} for r in "ab"]
     common = losses[0].keys() & losses[1].keys()
     assert len(common) >= 8 and all(losses[0][k] == losses[1][k] for k in common)
+
+
+@pytest.mark.parametrize("when, number", [("Network: ", signal.SIGINT), ("step 3/", signal.SIGTERM)])
+def test_signals_to_the_whole_process_group(interrupted, tmp_path, when, number):
+    """What a terminal (Ctrl-C) and a scheduler do: data workers get the signal too, perhaps while they start."""
+    process = start("train", *TINY, f"--workdir={tmp_path}", "--config.train.steps=1000000", "--config.data.workers=2")
+    output = ""
+    for line in process.stdout:
+        output += line
+        if line.startswith(when):
+            os.killpg(process.pid, number)
+            break
+    rest, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output + rest
+    assert "Traceback" not in rest and f"Stopped by {number.name}; " in rest
+    saved = list((tmp_path / "checkpoints").iterdir())
+    assert saved or "nothing was trained" in rest
+
+
+def test_a_workdir_serves_one_run_at_a_time(tmp_path):
+    process = start("train", *TINY, f"--workdir={tmp_path}", "--config.train.steps=1000000")
+    for line in process.stdout:
+        if line.startswith("Network: "):
+            break
+    second = deco("train", *TINY, f"--workdir={tmp_path}", "--config.train.steps=1000000")
+    process.kill()
+    process.communicate()
+    assert second.returncode == 2 and "is in use by another process" in second.stderr
 
 
 def test_sample_draws_the_same_image_whatever_the_batch(interrupted, tmp_path):
@@ -126,6 +163,20 @@ def test_sample_draws_the_same_image_whatever_the_batch(interrupted, tmp_path):
         (["train", *TINY, "--workdir=W", "--config.optimizer.lrr=1"], "nearest: --config.optimizer.lr."),
         (["train", "--config=configs/none.py", "--workdir=W"], "configs/none.py is no file. Here are: configs/"),
         (["train", *TINY, "--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is no folder"),
+        (["train", *TINY, "--workdir=README.md"], "--workdir=README.md is no folder"),
+        (["train", *TINY, "--workdir=W", "--config.seed=-1"], "seed=-1 must be from 0"),
+        (["train", *TINY, "--workdir=W", "--config.sample.guidance=nan"], "guidance=nan must be a finite number"),
+        (["train", *TINY, "--workdir=W", "--config.optimizer.lr=nan"], "optimizer.lr=nan must be 0 or more"),
+        (["train", *TINY, "--workdir=W", "--config.train.steps=-5"], "train.steps=-5 must be 1 or more"),
+        (
+            ["train", *TINY, "--workdir=W", "--config.model.attention=cudnn"],
+            "model.attention='cudnn' needs an NVIDIA GPU",
+        ),
+        (
+            ["train", *TINY, "--workdir=W", "--config.loss.alignment_weight=0.5", "--config.loss.alignment_layer=1"],
+            "loss.alignment_weight=0.5 needs a teacher's features",
+        ),
+        (["train", *TINY, "--workdir=W", "--config.data.source=folder"], "data.path='' is no folder"),
         (["sample", "--workdir=W", "--out=O"], "does not exist; expected a workdir of `deco train`"),
     ],
 )
@@ -136,6 +187,26 @@ def test_mistakes_are_one_line(args, message, tmp_path):
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("deco: error: ") and message in line
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--guidance", "nan"], "guidance=nan must be a finite number"),
+        (["--labels", "10"], 'labels 10 do not exist; the network has the classes 0 to 9 and, by that name, "null"'),
+        (["--labels", "5-3"], "--labels=5-3 is not understood"),
+        (["--image-size", "27"], "--image-size=27 must be a positive multiple of the network's patch size, 7"),
+        (["--image-size", "0"], "--image-size=0 must be"),
+        (["--seed", str(2**40)], "--seed=1099511627776 must be from 0"),
+        (["--steps", "-3"], "steps=-3 must be at least 1"),
+        (["--num", "0"], "--num=0"),
+    ],
+)
+def test_bad_sampling_arguments_are_one_line(interrupted, tmp_path, arguments, message):
+    result = deco("sample", "--workdir", interrupted[0], "--out", tmp_path / "out", *arguments)
+    (line,) = result.stderr.strip().splitlines()
+    assert result.returncode == 2 and line.startswith("deco: error: ") and message in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -6,9 +6,13 @@ Global batch k is a function of the seed and k alone. Neither the number of host
 the position in the data is the number of batches consumed: resuming is starting at batch k.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 
 import grain
@@ -104,16 +108,44 @@ def batches(
         if not flags.FLAGS.is_parsed():  # grain reads absl's flags when it starts workers
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=config.workers)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=_ignore_ctrl_c)
-    return iter(dataset)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
+    with _stop_signals_blocked():
+        iterator = iter(dataset)
+        first = next(iterator)
+    try:
+        yield first
+        yield from iterator
+    finally:
+        iterator.close()
 
 
-def _ignore_ctrl_c(worker: int, workers: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one saves and then ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _end_with_parent(worker: int, workers: int) -> None:
+    """A worker whose run was killed (SIGKILL, out of memory) would wait for it forever."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Keeps Ctrl-C and SIGTERM for later, and from the workers that are started within, who inherit this.
+
+    Terminals and schedulers signal every process of a run; the main one saves, and then ends its workers.
+    """
+    signals = {signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def fingerprint(config: ConfigDict, seed: int, source: Source) -> str:
-    """A hash that is equal for two runs exactly if their global batches are."""
+    """A hash of what decides the global batches: names, labels and order of the records, seed and sizes."""
     parts = (source.identity, len(source), seed, config.batch_size, config.image_size)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

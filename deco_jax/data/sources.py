@@ -92,6 +92,8 @@ class Folder:
             files = sorted(
                 p for p in (root / name).rglob("[!.]*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
             )
+            if not files:
+                raise UsageError(f"data.path={config.path!r} has the empty class folder {name!r}; fill or remove it.")
             names += [str(p.relative_to(root)) for p in files]
             labels += [label] * len(files)
         if not names:

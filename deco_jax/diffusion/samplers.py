@@ -1,5 +1,6 @@
 """From noise to images: the time grid, classifier-free guidance in an interval, and the solvers (SPEC section 7)."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -101,13 +102,18 @@ def euler(
 SOLVERS = {"euler": euler}
 
 
-def check_sampling(steps: int, guidance_interval: tuple[float, float], shift: float, solver: str) -> None:
+def check_sampling(
+    steps: int, guidance: float, guidance_interval: tuple[float, float], shift: float, solver: str
+) -> None:
     """Raises UsageError if a setting of the sampler is out of range."""
     if steps < 1:
         raise UsageError(f"steps={steps} must be at least 1.")
-    if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+    if not math.isfinite(guidance):
+        raise UsageError(f"guidance={guidance} must be a finite number; 1 is none.")
+    numbers = len(guidance_interval) == 2 and all(isinstance(t, int | float) for t in guidance_interval)
+    if not numbers or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
         raise UsageError(f"guidance_interval={guidance_interval} must be (low, high) with 0 ≤ low ≤ high ≤ 1.")
-    if shift <= 0:
+    if not 0 < shift < math.inf:
         raise UsageError(f"shift={shift} must be positive; 1 is no shift.")
     if solver not in SOLVERS:
         raise UsageError(f"solver={solver!r} is not known; allowed: {', '.join(SOLVERS)}.")

@@ -1,7 +1,8 @@
 """Many images from a network: in batches, over all devices, reproducible one by one."""
 
 import pathlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,18 +12,25 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from deco_jax.diffusion.flow import to_uint8
+from deco_jax.diffusion.samplers import check_sampling
 from deco_jax.errors import UsageError
 from deco_jax.evaluation.images import make_grid, save_png
 from deco_jax.parallel import mesh as meshes
 from deco_jax.pretrained import load_pretrained
-from deco_jax.sampling import check_labels, image_noise, sample
+from deco_jax.sampling import image_noise, label_numbers, sample
 from deco_jax.training import checkpoint
 
 GRID_IMAGES = 256  # a grid shows the first ones only
 
 
 def generate(
-    model: nn.Module, params: Any, labels: np.ndarray, seed: int, image_size: int, batch_size: int, **settings: Any
+    model: nn.Module,
+    params: Any,
+    labels: Sequence[int | str],
+    seed: int,
+    image_size: int,
+    batch_size: int,
+    **settings: Any,
 ) -> Iterator[np.ndarray]:
     """Yields one image a label, (H, W, 3) uint8, in order.
 
@@ -31,7 +39,7 @@ def generate(
 
     Args:
       model, params: see `load_pretrained`.
-      labels: (K,) integers.
+      labels: one an image; see `deco_jax.sample`.
       seed: of the noise.
       image_size: side in pixels.
       batch_size: images at a time, rounded up to a multiple of the devices.
@@ -44,7 +52,7 @@ def generate(
     for start in range(0, len(labels), batch_size):
         indices = np.arange(start, start + batch_size)
         noise = image_noise(key, jax.device_put(indices, meshes.batch_sharding(mesh)), (image_size, image_size, 3))
-        images = sample(model, params, labels[indices % len(labels)], noise=noise, **settings)
+        images = sample(model, params, [labels[i % len(labels)] for i in indices], noise=noise, **settings)
         yield from np.asarray(to_uint8(images))[: len(labels) - start]
 
 
@@ -66,7 +74,7 @@ def generate_to_folder(
     Args:
       source: a workdir or checkpoint of ours.
       out: a folder; must not hold pictures yet unless `overwrite`.
-      labels: as in "0,1,5-9", or "all"; image i shows label i modulo their number.
+      labels: as in "0,1,5-9,null", or "all"; image i shows label i modulo their number.
       num, seed, batch_size: see `generate`.
       weights: "ema" or "online".
       image_size: side in pixels; None = as trained.
@@ -79,39 +87,54 @@ def generate_to_folder(
     folder = pathlib.Path(out).expanduser()
     if num < 1 or batch_size < 1:
         raise UsageError(f"--num={num} and --batch-size={batch_size} must be at least 1.")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"--seed={seed} must be from 0 to 2³² − 1.")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out={out} is a file.")
     if not overwrite and any(folder.glob("*.png")):
         raise UsageError(f"--out={out} already holds pictures; choose another folder or pass --overwrite.")
     config = ConfigDict(checkpoint.read_meta(*checkpoint.find_checkpoint(source))["config"])
     model, params = load_pretrained(source, weights)
-    chosen = parse_labels(labels, model.num_classes)
+    size, p = config.data.image_size if image_size is None else image_size, model.patch_size
+    if size < 1 or size % p:
+        raise UsageError(f"--image-size={size} must be a positive multiple of the network's patch size, {p}.")
+    chosen = parse_labels(labels, model)
     names = ("steps", "guidance", "guidance_interval", "shift", "solver")
     settings = {name: config.sample[name] for name in names} | settings
-    label_of = np.array(chosen)[np.arange(num) % len(chosen)].astype(np.int32)
-    images = generate(model, params, label_of, seed, image_size or config.data.image_size, batch_size, **settings)
+    check_sampling(**settings)
+    images = generate(model, params, [chosen[i % len(chosen)] for i in range(num)], seed, size, batch_size, **settings)
     shown = []
     for i, image in enumerate(tqdm(images, total=num, unit="image", disable=None)):
         save_png(image, folder / f"{i:05d}.png")
         if i < GRID_IMAGES:
             shown.append(image)
-    by_label = np.argsort(np.arange(len(shown)) % len(chosen), kind="stable")
-    columns = -(-len(shown) // len(chosen)) if len(chosen) > 1 else min(len(shown), 8)
-    save_png(make_grid(np.stack(shown)[by_label], columns), folder / "grid.png")
+    save_png(_grid_by_label(np.stack(shown), len(chosen)), folder / "grid.png")
     print(f"{num} images and grid.png are in {folder}.")
 
 
-def parse_labels(text: str, num_classes: int) -> list[int]:
-    """ "0,1,5-7" → [0, 1, 5, 6, 7]; "all" → every class.
+def _grid_by_label(images: np.ndarray, labels: int) -> np.ndarray:
+    """A row for each label where every label has several images; eight in a row otherwise."""
+    if labels == 1 or len(images) < 2 * labels:
+        return make_grid(images, min(len(images), 8))
+    columns = -(-len(images) // labels)
+    missing = np.full((labels * columns - len(images), *images.shape[1:]), 255, np.uint8)
+    rounds = np.concatenate([images, missing]).reshape(columns, labels, *images.shape[1:])
+    return make_grid(rounds.swapaxes(0, 1).reshape(-1, *images.shape[1:]), columns)
+
+
+def parse_labels(text: str, model: nn.Module) -> list[int | str]:
+    """ "0,5-7,null" → [0, 5, 6, 7, "null"]; "all" → every class.
 
     Raises:
       UsageError: the text is not understood, or names a class that does not exist.
     """
     if text == "all":
-        return list(range(num_classes))
-    labels: list[int] = []
+        return list(range(model.num_classes))
+    labels: list[int | str] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise UsageError(f"--labels={text} is not understood; write for instance 0,1,5-9 or all.")
-        labels += range(int(first), int(last if dash else first) + 1)
-    check_labels(np.array(labels), num_classes)
+        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?|null", part.strip())
+        if match is None or (match[2] and int(match[2]) < int(match[1])):
+            raise UsageError(f"--labels={text} is not understood; write for instance 0,1,5-9 or null or all.")
+        labels += ["null"] if match[1] is None else range(int(match[1]), int(match[2] or match[1]) + 1)
+    label_numbers(labels, model)
     return labels

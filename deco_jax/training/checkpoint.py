@@ -7,10 +7,12 @@
 Saving is asynchronous and atomic: a step's folder gets its name when everything in it is written.
 """
 
+import fcntl
+import itertools
 import json
 import logging as python_logging
 import pathlib
-from typing import Any
+from typing import IO, Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -18,14 +20,14 @@ from absl import logging
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from deco_jax.config import flatten
+from deco_jax.config import default_config, flatten
 from deco_jax.errors import UsageError
 
 FOLDER = "checkpoints"
 ITEMS = ("state", "data", "meta")
 # What may differ between a checkpoint and the run that resumes it; everything else may not.
 FREE_FIELDS = (
-    "train.",
+    "train.",  # but see train.steps in check_resumable
     "sample.",
     "mesh.",
     "data.workers",
@@ -45,6 +47,7 @@ class Checkpoints:
         preserve = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         self.folder = workdir.absolute() / FOLDER
         if jax.process_index() == 0:
+            self.lock = _lock(workdir)
             _set_aside_incomplete(self.folder)
         self.manager = ocp.CheckpointManager(
             self.folder,
@@ -85,10 +88,16 @@ class Checkpoints:
         """The state, onto the devices and shardings that `abstract` (ShapeDtypeStructs) names."""
         return self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
 
-    def close(self) -> None:
-        """Waits for writes under way."""
+    def wait(self) -> None:
+        """Returns when everything saved is on disk."""
         self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and gives the workdir free."""
+        self.wait()
         self.manager.close()
+        if jax.process_index() == 0:
+            self.lock.close()
 
 
 def restore_part(folder: pathlib.Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
@@ -134,11 +143,15 @@ def make_meta(config: ConfigDict, fingerprint: str, parameters: int, version: st
 
 def check_resumable(saved: dict[str, Any], now: dict[str, Any], where: pathlib.Path) -> None:
     """Raises UsageError, listing the fields, if a run described by `now` must not continue the one of `saved`."""
-    then, today = flatten(saved["config"]), flatten(now["config"])
+    today = flatten(now["config"])
+    # A field that is younger than the checkpoint had, in effect, its default.
+    defaults = flatten(json.loads(default_config().to_json_best_effort()))
+    then = defaults | flatten(saved["config"])
+    schedule = ("train.steps",) if today["optimizer.decay_steps"] else ()  # the learning rate's fall depends on it
     changed = [
-        f"{field}: {then.get(field, '—')} there, {today.get(field, '—')} here"
-        for field in sorted(then.keys() | today.keys())
-        if then.get(field) != today.get(field) and not field.startswith(FREE_FIELDS)
+        f"{field}: {then[field]} there, {today[field]} here"
+        for field in sorted(today)
+        if then[field] != today[field] and (field in schedule or not field.startswith(FREE_FIELDS))
     ]
     if not changed and saved["fingerprint"] != now["fingerprint"]:
         changed = [f"data fingerprint: {saved['fingerprint']} there, {now['fingerprint']} here (the records changed)"]
@@ -162,10 +175,22 @@ def _is_complete(step_folder: pathlib.Path) -> bool:
     return bool(metadata.get("commit_timestamp_nsecs")) and all((step_folder / item).is_dir() for item in ITEMS)
 
 
+def _lock(workdir: pathlib.Path) -> IO[str]:
+    """Held until the file is closed or the process ends, however it ends."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = (workdir / ".lock").open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UsageError(f"--workdir={workdir} is in use by another process.") from error
+    return lock
+
+
 def _set_aside_incomplete(folder: pathlib.Path) -> None:
     for path in _step_folders(folder):
         if not _is_complete(path):
-            aside = path.with_name(f"{path.name}.incomplete")
+            names = (path.with_name(f"{path.name}.incomplete{n or ''}") for n in itertools.count())
+            aside = next(name for name in names if not name.exists())
             logging.warning("%s is incomplete; renamed to %s.", path, aside.name)
             path.rename(aside)
 

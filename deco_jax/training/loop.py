@@ -1,5 +1,6 @@
 """The run itself, and the only place with side effects: sample → save → next batch → step → report."""
 
+import contextlib
 import pathlib
 import time
 from typing import Any
@@ -23,7 +24,7 @@ from deco_jax.parallel.hardware import peak_flops
 from deco_jax.sampling import image_noise, sample
 from deco_jax.training import checkpoint
 from deco_jax.training.metrics import Clock, Progress, Writers
-from deco_jax.training.preemption import stop_request
+from deco_jax.training.preemption import StopRequest, stop_request
 from deco_jax.training.state import TrainState, init_state
 from deco_jax.training.step import Trainer, make_trainer
 
@@ -41,51 +42,49 @@ def train(config: ConfigDict, workdir: str) -> None:
       UsageError: the configuration does not fit the data, the devices or the checkpoint; the data has too many
         unreadable records; or the loss was not finite for too many steps in a row.
     """
-    if "://" in workdir:
-        raise UsageError(f"--workdir={workdir} is no folder; mount the bucket (gcsfuse, say) and name the mount.")
-    clock, folder = Clock(), pathlib.Path(workdir).expanduser()
-    with clock.phase("start"):
-        mesh = meshes.make_mesh(config.mesh)
-        _check_batch(config, mesh)
-        source = open_source(config.data)
-        if source.num_classes > config.model.num_classes:
-            raise UsageError(
-                f"model.num_classes={config.model.num_classes} is too few; the data has {source.num_classes} classes."
-            )
-        if config.loss.alignment_weight:
-            raise UsageError(
-                f"loss.alignment_weight={config.loss.alignment_weight} needs a teacher's features in every batch; "
-                f"data.source={config.data.source!r} has none. 0 trains without."
-            )
-        trainer = make_trainer(config)
-        abstract = abstract_state(trainer, mesh)
-        parameters = sum(x.size for x in jax.tree.leaves(abstract.params["network"]))
-        fingerprint = pipeline.fingerprint(config.data, config.seed, source)
-        meta = checkpoint.make_meta(config, fingerprint, parameters, deco_jax.__version__)
-        checkpoints = checkpoint.Checkpoints(folder, config.train.keep, config.train.keep_every)
-        latest = checkpoints.latest()
-        if latest is None:
-            state, step = first_state(trainer, abstract, mesh), 0
-        else:
-            checkpoint.check_resumable(checkpoints.meta(latest), meta, folder)
-            if latest >= config.train.steps:
-                checkpoints.close()
-                print(f"{folder} is done: step {latest} of {config.train.steps}. A larger train.steps continues it.")
-                return
-            state, step = checkpoints.restore(latest, abstract), checkpoints.position(latest)
-    if jax.process_index() == 0:
-        (folder / "config.json").write_text(config.to_json_best_effort(indent=2))
-        print(_summary(config, state, mesh, parameters, latest))
+    folder = pathlib.Path(workdir).expanduser()
+    if "://" in workdir or (folder.exists() and not folder.is_dir()):
+        raise UsageError(f"--workdir={workdir} is no folder. A bucket must be mounted (with gcsfuse, say).")
+    with stop_request() as stop:
+        _train(config, folder, stop)
 
-    run = _Run(config, folder, mesh, trainer, source, checkpoints, meta, clock)
-    try:
-        run.loop(state, step)
-    finally:
+
+def _train(config: ConfigDict, folder: pathlib.Path, stop: StopRequest) -> None:
+    clock = Clock()
+    with contextlib.ExitStack() as closing:
+        with clock.phase("start"):
+            mesh = meshes.make_mesh(config.mesh)
+            _check_devices(config, mesh)
+            source = open_source(config.data)
+            _check_data(config, source)
+            trainer = make_trainer(config)
+            abstract = abstract_state(trainer, mesh)
+            parameters = sum(x.size for x in jax.tree.leaves(abstract.params["network"]))
+            fingerprint = pipeline.fingerprint(config.data, config.seed, source)
+            meta = checkpoint.make_meta(config, fingerprint, parameters, deco_jax.__version__)
+            checkpoints = checkpoint.Checkpoints(folder, config.train.keep, config.train.keep_every)
+            closing.callback(checkpoints.close)
+            latest = checkpoints.latest()
+            if latest is None:
+                state, step = first_state(trainer, abstract, mesh), 0
+            else:
+                checkpoint.check_resumable(checkpoints.meta(latest), meta, folder)
+                if latest >= config.train.steps:
+                    print(f"{folder} is done: step {latest} of {config.train.steps}.")
+                    return
+                state, step = checkpoints.restore(latest, abstract), checkpoints.position(latest)
+        if jax.process_index() == 0:
+            (folder / "config.json").write_text(config.to_json_best_effort(indent=2))
+            print(_summary(config, state, mesh, parameters, latest))
+        run = _Run(config, folder, mesh, trainer, source, checkpoints, meta, clock)
+        closing.callback(run.close)
+        run.loop(state, step, stop)
         with clock.phase("checkpoint"):
-            checkpoints.close()
-        run.writers.close()
-        run.progress.close()
-        run.progress.say(f"Time: {clock.summary()}.")
+            checkpoints.wait()
+        if stop:
+            saved = checkpoints.latest()
+            what = "nothing was trained" if saved is None else f"step {saved} is saved"
+            run.progress.say(f"Stopped by {stop.signal.name}; {what}. The same command resumes from there.")
 
 
 class _Run:
@@ -106,7 +105,7 @@ class _Run:
         self.step_flops = 3 * forward_flops(trainer.network, config.data.image_size, config.data.image_size)
         self.peak = peak_flops(jax.devices()[0])
 
-    def loop(self, state: TrainState, step: int) -> None:
+    def loop(self, state: TrainState, step: int, stop: StopRequest) -> None:
         """Steps to the end, from `step`. The order makes resuming exact: what is saved has not seen the next batch."""
         config, start = self.config.train, step
         bad = pipeline.BadRecords(self.source, self.config.data.max_bad_records)
@@ -115,7 +114,7 @@ class _Run:
         )
         train_step = jax.jit(self.trainer.step, donate_argnums=0)
         logged = None  # (step, its metrics, still on the devices): read when the next step is under way
-        with meshes.use_mesh(self.mesh), stop_request() as stop:
+        with meshes.use_mesh(self.mesh), contextlib.closing(host_batches):
             while True:
                 finished = step >= config.steps
                 to_sample = config.sample_every and (finished or step % config.sample_every == 0)
@@ -143,26 +142,28 @@ class _Run:
                 else:
                     with self.clock.phase("step"), jax.transfer_guard("disallow"):
                         before, (state, metrics) = metrics, train_step(state, batch)
-                        jax.block_until_ready(before)  # one step runs, one waits: batches do not pile up
+                        # One step runs while this waits for the one before: batches do not pile up.
+                        self.check_finite(step, int(jax.device_get(before["skipped_in_a_row"])))
                     if logged is not None:
                         self.report(*logged)
                         logged = None
                 step += 1
                 if step % config.log_every == 0 or step == config.steps:
                     logged = step, metrics
-            host_batches.close()
-            if stop:
-                self.checkpoints.close()
-                self.progress.say(
-                    f"Stopped by {stop.signal.name} after step {step}; saved. The same command resumes from there."
-                )
+            self.check_finite(step, int(jax.device_get(state.skipped_in_a_row)))
+
+    def close(self) -> None:
+        """Ends logs and bar, and says where the time went."""
+        self.writers.close()
+        self.progress.close()
+        self.progress.say(f"Time: {self.clock.summary()}.")
 
     def busy(self) -> float:
         """A clock that stands still while the run samples, saves or compiles."""
         return time.perf_counter() - sum(self.clock.seconds[name] for name in ("sample", "checkpoint", "compile"))
 
     def report(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Writes the scalars of `step`; ends the run if the loss has not been finite for too long."""
+        """Writes the scalars of `step`."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now, data = self.busy(), self.clock.seconds["data"]
         last_step, last_time, last_data = self.since
@@ -175,10 +176,13 @@ class _Run:
             values["mfu"] = values["images_per_second"] * self.step_flops / (self.peak * jax.device_count())
         self.writers.scalars(step, values)
         self.progress.update(step, values)
-        if values["skipped_in_a_row"] >= self.config.train.max_nonfinite:
+
+    def check_finite(self, step: int, skipped_in_a_row: int) -> None:
+        """Ends the run if loss or gradients have not been finite for too many steps up to `step`."""
+        if skipped_in_a_row >= self.config.train.max_nonfinite:
             good = self.checkpoints.latest()
             raise UsageError(
-                f"loss or gradient not finite for {values['skipped_in_a_row']:.0f} steps up to step {step} "
+                f"loss or gradient not finite for {skipped_in_a_row} steps up to step {step} "
                 f"(train.max_nonfinite={self.config.train.max_nonfinite}); these steps changed no weights. "
                 f"Last checkpoint: {'none' if good is None else self.checkpoints.folder / str(good)}. "
                 "A lower optimizer.lr, optimizer.clip_norm=1 or optimizer.beta2=0.95 may help."
@@ -209,13 +213,27 @@ class _Run:
             self.writers.picture(step, grid)
 
 
-def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
+def _check_devices(config: ConfigDict, mesh: Mesh) -> None:
     batch, parts, devices = config.data.batch_size, config.optimizer.accumulation, meshes.batch_devices(mesh)
-    if batch % (parts * devices):
-        unit = parts * devices
+    unit = parts * devices
+    if batch % unit:
         raise UsageError(
             f"data.batch_size={batch} is not divisible by {devices} devices × optimizer.accumulation={parts}; "
             f"nearest: {max(batch // unit, 1) * unit} and {(batch // unit + 1) * unit}."
+        )
+    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise UsageError("model.attention='cudnn' needs an NVIDIA GPU; 'default' runs everywhere.")
+
+
+def _check_data(config: ConfigDict, source: Source) -> None:
+    if source.num_classes > config.model.num_classes:
+        raise UsageError(
+            f"model.num_classes={config.model.num_classes} is too few; the data has {source.num_classes} classes."
+        )
+    if config.loss.alignment_weight:
+        raise UsageError(
+            f"loss.alignment_weight={config.loss.alignment_weight} needs a teacher's features in every batch; "
+            f"data.source={config.data.source!r} has none. 0 trains without."
         )
 
 

@@ -150,12 +150,18 @@ def test_folder_that_is_none(tmp_path, monkeypatch, path):
         open_source(data_config("folder", path=path, image_size=16))
 
 
-@pytest.mark.parametrize("paths", [(), ("cat/notes.txt",), ("stray.png",)])
-def test_folder_without_images(tmp_path, paths):
-    """An empty class, other files and images outside any class are no data set; the message shows the layout."""
+@pytest.mark.parametrize("files", [(), ("cat/notes.txt",), ("stray.png",)])
+def test_an_empty_class_folder_is_named(tmp_path, files):
+    """It would be a class that is never trained, and would move the labels of those after it."""
     (tmp_path / "cat").mkdir()
-    for path in paths:
+    for path in files:
         (tmp_path / path).write_bytes(b"no record")
+    with pytest.raises(UsageError, match=r"has the empty class folder 'cat'; fill or remove it"):
+        open_source(data_config("folder", path=str(tmp_path), image_size=16))
+
+
+def test_a_folder_without_classes(tmp_path):
+    (tmp_path / "stray.png").write_bytes(b"no record")
     with pytest.raises(UsageError, match=r"data\.path=.* holds no images; expected <class>/"):
         open_source(data_config("folder", path=str(tmp_path), image_size=16))
 

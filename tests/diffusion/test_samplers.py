@@ -72,9 +72,10 @@ def test_an_image_depends_on_its_key_and_number_alone():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"labels": [11]}, r"labels \[11\] do not exist; the network has classes 0 to 9"),
-        ({"labels": [-1]}, r"labels \[-1\] do not exist"),
-        ({"labels": [0.5]}, "labels must be a list of integers"),
+        ({"labels": [3, 10, 11]}, "labels 10, 11 do not exist; the network has the classes 0 to 9"),
+        ({"labels": [-1]}, "labels -1 do not exist"),
+        ({"labels": [0.5]}, "labels 0.5 do not exist"),
+        ({"guidance": float("nan")}, "guidance=nan must be a finite number"),
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"shift": 0.0}, "shift=0.0 must be positive"),
         ({"guidance_interval": (0.5, 0.1)}, r"guidance_interval=\(0.5, 0.1\)"),

@@ -7,7 +7,7 @@ from deco_jax.config import default_config
 from deco_jax.data.sources import Digits
 from deco_jax.errors import UsageError
 from deco_jax.evaluation.digits import DigitClassifier
-from deco_jax.evaluation.generate import parse_labels
+from deco_jax.evaluation.generate import _grid_by_label, parse_labels
 from deco_jax.evaluation.images import make_grid, save_png
 
 
@@ -24,14 +24,23 @@ def test_a_picture_appears_whole(tmp_path):
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.png"]
 
 
-def test_labels():
-    assert parse_labels("0,7, 2-4", 10) == [0, 7, 2, 3, 4]
-    assert parse_labels("all", 3) == [0, 1, 2]
-    for text in ("", "a", "1-", "1--2", "-1"):
+def test_a_grid_has_a_row_for_each_label():
+    """Seven images of three labels, which take turns: labels 0, 1, 2, 0, 1, 2, 0."""
+    images = np.arange(7, dtype=np.uint8)[:, None, None, None] * np.ones((7, 1, 1, 3), np.uint8)
+    grid = _grid_by_label(images, 3)[::2, ::2, 0]
+    np.testing.assert_array_equal(grid, [[0, 3, 6], [1, 4, 255], [2, 5, 255]])
+    assert _grid_by_label(images, 7).shape == (1, 13, 3) and _grid_by_label(images, 1).shape == (1, 13, 3)
+
+
+def test_labels(golden):
+    model = golden("deco_c2i").model()
+    assert parse_labels("0,7, 2-4,null", model) == [0, 7, 2, 3, 4, "null"]
+    assert parse_labels("all", model) == list(range(10))
+    for text in ("", "a", "1-", "1--2", "-1", "5-3", "²", "1.5"):
         with pytest.raises(UsageError, match="is not understood"):
-            parse_labels(text, 10)
-    with pytest.raises(UsageError, match=r"labels \[11, 12\] do not exist"):
-        parse_labels("9-12", 10)
+            parse_labels(text, model)
+    with pytest.raises(UsageError, match="labels 10, 11, 12 do not exist"):
+        parse_labels("9-12", model)
 
 
 def test_the_judge_knows_digits_and_is_not_fooled_by_noise():

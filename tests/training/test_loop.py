@@ -78,6 +78,11 @@ def test_resuming_is_exact(tiny_config, straight, tmp_path):
         train(tiny_config, str(straight))
     assert "data.batch_size: 16 there, 32 here; optimizer.lr: 0.001 there, 0.0005 here" in str(error.value)
     assert checkpoint.find_checkpoint(str(straight))[1] == 6
+    tiny_config.data.batch_size = 16
+    tiny_config.optimizer.update(lr=1e-3, decay_steps=2)
+    with pytest.raises(UsageError, match=r"optimizer.decay_steps: 0 there, 2 here; train.steps: 6 there, 9 here"):
+        train(tiny_config, str(straight))
+    tiny_config.optimizer.decay_steps = 0
 
     # Both sets of weights load, from the workdir and from one checkpoint.
     model, ema = deco_jax.load_pretrained(str(straight))
@@ -87,10 +92,15 @@ def test_resuming_is_exact(tiny_config, straight, tmp_path):
         for path, value in jax.tree_util.tree_leaves_with_path(params):
             np.testing.assert_array_equal(value, state[f"['{name}']{jax.tree_util.keystr(path)}"])
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (ema, online)), strict=True))
-    images = deco_jax.sample(model, ema, [0, 10], jax.random.key(0), image_size=28, steps=1)
+    images = deco_jax.sample(model, ema, [0, "null"], jax.random.key(0), image_size=28, steps=1)
     assert images.shape == (2, 28, 28, 3)
 
-    # A new run may start from these weights, with a fresh optimiser.
+    # A new run may start from these weights, with a fresh optimiser; but only the same network.
+    tiny_config.model.decoder_depth = 2
+    tiny_config.train.init_from = str(straight)
+    with pytest.raises(UsageError, match="holds another network: model.decoder_depth: 1 there, 2 here"):
+        train(tiny_config, str(tmp_path / "other"))
+    tiny_config.model.decoder_depth = 1
     tiny_config.train.update(init_from=str(straight), steps=1, sample_every=0)
     tiny_config.optimizer.lr = 0.0
     tiny_config.ema.decay = 1.0
@@ -129,6 +139,24 @@ def test_a_diverged_run_stops_and_keeps_its_last_checkpoint(tiny_config, tmp_pat
     assert f"Last checkpoint: {tmp_path / 'checkpoints' / str(step)}." in str(error.value)
     assert step >= 1 and all(np.isfinite(v).all() for v in state.values())
     assert logged(tmp_path)[-1]["loss"] is None, "a loss that is not finite is null in JSON"
+
+
+def test_unreadable_images_are_skipped_up_to_the_limit(tiny_config, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = rng.integers(0, 256, (30, 40, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.jpg")
+    broken = tmp_path / "images" / "b" / "3.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    tiny_config.data.update(source="folder", path=str(tmp_path / "images"), max_bad_records=1)
+    tiny_config.train.steps = 3  # three epochs: the broken image comes by three times and counts once
+    train(tiny_config, str(tmp_path / "run"))
+    assert final_state(tmp_path / "run")[0] == 3
+    tiny_config.data.max_bad_records = 0
+    with pytest.raises(UsageError, match=r"data.max_bad_records=0"):
+        train(tiny_config, str(tmp_path / "strict"))
 
 
 def test_mistakes_are_found_before_anything_is_written(tiny_config, tmp_path):
