@@ -3,6 +3,7 @@
 import ast
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -32,7 +33,7 @@ def test_shipped_config_traces_its_train_step(path):
     }
     with meshes.use_mesh(mesh):
         after, metrics = jax.eval_shape(jax.jit(trainer.step), state, batch)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     assert {"loss", "loss_flow", "loss_frequency", "gradient_norm"} <= metrics.keys()
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((state.params, state.ema)))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,7 +64,7 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(tiny_config,
     assert not np.isfinite(metrics["loss"])
     twice, _ = jax.jit(bad.step)(once, batch)
     for field in ("params", "ema", "opt_state"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(twice, field), getattr(state, field))
+        chex.assert_trees_all_equal(getattr(twice, field), getattr(state, field))
     assert (int(twice.step), int(twice.skipped), int(twice.skipped_in_a_row)) == (3, 2, 2)
     good, _ = jax.jit(trainer.step)(twice, batch)
     assert (int(good.step), int(good.skipped), int(good.skipped_in_a_row)) == (4, 2, 0)
@@ -76,14 +77,14 @@ def test_ema_starts_at_the_parameters_and_decays_as_told(tiny_config):
     trainer = make_trainer(tiny_config)
     make = jax.jit(lambda: nn.meta.unbox(init_state(jax.random.key(0), trainer.network, None, trainer.optimizer, 28)))
     start = make()
-    jax.tree.map(np.testing.assert_array_equal, start.ema, start.params["network"])
+    chex.assert_trees_all_equal(start.ema, start.params["network"])
     gradients = jax.tree.map(jnp.ones_like, start.params)
     for warmup, decay in ((False, 0.75), (True, 0.1)):
         tiny_config.ema.warmup = warmup
         update = jax.jit(make_trainer(tiny_config).update)
         state, _ = update(start, gradients, {"loss": jnp.float32(0)})
         expected = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, start.ema, state.params["network"])
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), state.ema, expected)
+        chex.assert_trees_all_close(state.ema, expected, atol=1e-7)
 
 
 def test_each_step_draws_anew_and_repeats_itself(tiny_config, batch):
