@@ -164,26 +164,35 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="session")
+def new_tiny_config():
+    """Makes configurations: the quickstart shrunk until a step takes milliseconds; the same code paths."""
+
+    def make():
+        c = default_config()
+        c.model.update(
+            num_classes=10,
+            patch_size=7,
+            width=16,
+            depth=2,
+            heads=2,
+            decoder_width=8,
+            decoder_depth=1,
+            dtype="float32",
+            remat="none",
+        )
+        c.data.update(source="digits", image_size=28, batch_size=16, workers=0)
+        c.optimizer.lr = 1e-3
+        c.train.update(steps=6, log_every=2, save_every=2, sample_every=0, keep=10)
+        c.sample.update(steps=2, num=8)
+        return c
+
+    return make
+
+
 @pytest.fixture
-def tiny_config():
-    """The quickstart shrunk until a step takes milliseconds; the same code paths."""
-    c = default_config()
-    c.model.update(
-        num_classes=10,
-        patch_size=7,
-        width=16,
-        depth=2,
-        heads=2,
-        decoder_width=8,
-        decoder_depth=1,
-        dtype="float32",
-        remat="none",
-    )
-    c.data.update(source="digits", image_size=28, batch_size=16, workers=0)
-    c.optimizer.lr = 1e-3
-    c.train.update(steps=6, log_every=2, save_every=2, sample_every=0, keep=10)
-    c.sample.update(steps=2, num=8)
-    return c
+def tiny_config(new_tiny_config):
+    return new_tiny_config()
 
 
 @pytest.fixture(scope="session")

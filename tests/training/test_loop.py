@@ -1,4 +1,4 @@
-"""Whole runs, in this process: exact resuming, finished runs, sample grids, logs, diverging losses, bad records."""
+"""Whole runs, in this process: resuming, what they leave behind, diverging losses, bad records, mistakes."""
 
 import json
 import math
@@ -37,16 +37,17 @@ def logged(workdir):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """Six steps without interruption; compiled once for the module's tests that compare with it."""
-    return tmp_path_factory.mktemp("straight")
+def straight(tmp_path_factory, new_tiny_config):
+    """A workdir with six steps run without interruption; no test changes it."""
+    workdir, config = tmp_path_factory.mktemp("straight"), new_tiny_config()
+    config.train.update(log_every=1, save_every=3, sample_every=3)
+    train(config, str(workdir))
+    return workdir
 
 
 def test_resuming_is_exact(tiny_config, straight, tmp_path):
     """6 steps straight, and 3, then 3 in a new run: bitwise equal parameters, EMA, optimiser and losses."""
-    tiny_config.train.update(log_every=1, save_every=3, sample_every=3)
-    train(tiny_config, str(straight))
-    tiny_config.train.steps = 3
+    tiny_config.train.update(log_every=1, save_every=3, steps=3)
     train(tiny_config, str(tmp_path))
     tiny_config.train.steps = 6
     tiny_config.data.workers = 2  # the order of the data does not depend on it
@@ -55,7 +56,8 @@ def test_resuming_is_exact(tiny_config, straight, tmp_path):
     assert [line["step"] for line in logged(straight)] == [1, 2, 3, 4, 5, 6]
     assert [line["loss"] for line in logged(tmp_path)] == [line["loss"] for line in logged(straight)]
 
-    # What a run leaves behind.
+
+def test_what_a_run_leaves_behind(straight):
     second = logged(straight)[1]  # the first step is the compiler's, its time is not logged
     names = {"loss", "loss_flow", "loss_frequency", "gradient_norm", "learning_rate", "images_per_second"}
     assert names | {"step_seconds", "data_wait_seconds", "skipped"} <= second.keys()
@@ -65,26 +67,30 @@ def test_resuming_is_exact(tiny_config, straight, tmp_path):
     assert grids == ["step_00000003.png", "step_00000006.png"]
     assert Image.open(straight / "samples" / grids[0]).size == (8 * 28 + 7, 28)
 
-    # A finished run says so, and nothing changes.
+
+def test_a_finished_run_changes_nothing(tiny_config, straight):
     before = {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()}
     train(tiny_config, str(straight))
     assert before == {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()}
 
-    # Another configuration must not go on from here; what does not change the result may differ.
+
+def test_another_configuration_does_not_resume(tiny_config, straight):
+    """All fields that differ are listed; a learning rate that falls makes the number of steps one of them."""
     tiny_config.train.steps = 9
     tiny_config.optimizer.lr = 5e-4
     tiny_config.data.batch_size = 32
     with pytest.raises(UsageError) as error:
         train(tiny_config, str(straight))
     assert "data.batch_size: 16 there, 32 here; optimizer.lr: 0.001 there, 0.0005 here" in str(error.value)
-    assert checkpoint.find_checkpoint(str(straight))[1] == 6
     tiny_config.data.batch_size = 16
     tiny_config.optimizer.update(lr=1e-3, decay_steps=2)
     with pytest.raises(UsageError, match=r"optimizer.decay_steps: 0 there, 2 here; train.steps: 6 there, 9 here"):
         train(tiny_config, str(straight))
-    tiny_config.optimizer.decay_steps = 0
+    assert checkpoint.find_checkpoint(str(straight))[1] == 6
 
-    # Both sets of weights load, from the workdir and from one checkpoint.
+
+def test_both_sets_of_weights_load(straight):
+    """From the workdir and from one checkpoint in it."""
     model, ema = deco_jax.load_pretrained(str(straight))
     _, online = deco_jax.load_pretrained(str(straight / "checkpoints" / "6"), weights="online")
     state = final_state(straight)[1]
@@ -95,18 +101,19 @@ def test_resuming_is_exact(tiny_config, straight, tmp_path):
     images = deco_jax.sample(model, ema, [0, "null"], jax.random.key(0), image_size=28, steps=1)
     assert images.shape == (2, 28, 28, 3)
 
-    # A new run may start from these weights, with a fresh optimiser; but only the same network.
+
+def test_a_new_run_starts_from_given_weights(tiny_config, straight, tmp_path):
+    """Online weights and EMA, with a fresh optimiser; but only of the same network."""
+    tiny_config.train.update(init_from=str(straight), steps=1)
     tiny_config.model.decoder_depth = 2
-    tiny_config.train.init_from = str(straight)
     with pytest.raises(UsageError, match="holds another network: model.decoder_depth: 1 there, 2 here"):
         train(tiny_config, str(tmp_path / "other"))
     tiny_config.model.decoder_depth = 1
-    tiny_config.train.update(init_from=str(straight), steps=1, sample_every=0)
     tiny_config.optimizer.lr = 0.0
     tiny_config.ema.decay = 1.0
     train(tiny_config, str(tmp_path / "new"))
     fresh = final_state(tmp_path / "new")[1]
-    for name, value in state.items():
+    for name, value in final_state(straight)[1].items():
         if name.startswith(("['params']", "['ema']")):
             np.testing.assert_array_equal(fresh[name], value, err_msg=name)
     assert fresh["['step']"] == 1
