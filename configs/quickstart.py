@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     c.data.image_size = 28  # as they are
     c.data.batch_size = 32
     c.data.workers = 0  # reading is a memory copy
-    c.flow.time_shift = 3.0  # more steps near noise, where the class is decided (docs/numbers.md)
+    c.flow.time_shift = 3.0  # more steps near noise, where the class is decided
     c.optimizer.lr = 3e-3
     c.optimizer.warmup_steps = 50
     c.optimizer.decay_steps = 800
