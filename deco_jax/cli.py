@@ -74,13 +74,10 @@ def _add_sample(commands) -> None:
 
 
 def _sample(args: argparse.Namespace, _: list[str]) -> None:
+    from deco_jax.diffusion.samplers import SETTINGS
     from deco_jax.evaluation.generate import generate_to_folder
 
-    settings = {
-        name: getattr(args, name)
-        for name in ("steps", "guidance", "guidance_interval", "shift", "solver")
-        if getattr(args, name) is not None
-    }
+    settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     generate_to_folder(
         args.workdir or args.checkpoint,
         args.out,

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from deco_jax.data.sources import SOURCES
 from deco_jax.diffusion.flow import TIME_DISTRIBUTIONS
 from deco_jax.diffusion.frequency import WEIGHT_MODES
-from deco_jax.diffusion.samplers import check_sampling
+from deco_jax.diffusion.samplers import SETTINGS, check_sampling
 from deco_jax.errors import UsageError
 from deco_jax.models import build_model
 
@@ -218,8 +218,7 @@ def check_config(config: ConfigDict) -> None:
             raise UsageError(f"{field}={fields[field]!r} is not known; allowed: {', '.join(allowed)}.")
     if not 0 < config.flow.time_shift < float("inf"):
         raise UsageError(f"flow.time_shift={config.flow.time_shift} must be positive; 1 is no shift.")
-    sampling = config.sample
-    check_sampling(sampling.steps, sampling.guidance, sampling.guidance_interval, sampling.shift, sampling.solver)
+    check_sampling(**{name: config.sample[name] for name in SETTINGS})
     model, size, p = config.model, config.data.image_size, config.model.patch_size
     build_model(model)
     if size % p:

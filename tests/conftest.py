@@ -56,9 +56,10 @@ class Golden:
     def group(self, prefix: str) -> dict[str, np.ndarray]:
         return {k.removeprefix(prefix): v for k, v in self.arrays.items() if k.startswith(prefix)}
 
-    def model(self, **changes) -> DeCo:
+    def sizes(self) -> dict[str, int]:
+        """The recorded network's sizes under our names."""
         c = self.config
-        fields = {
+        return {
             "num_classes": c["num_classes"],
             "patch_size": c["patch_size"],
             "width": c["hidden_size"],
@@ -66,9 +67,10 @@ class Golden:
             "heads": c["num_groups"],
             "decoder_width": c["hidden_size_x"],
             "decoder_depth": c["num_blocks"] - c["num_cond_blocks"],
-            "dtype": jnp.float32,
         }
-        return DeCo(**fields | changes)
+
+    def model(self, **changes) -> DeCo:
+        return DeCo(**self.sizes() | {"dtype": jnp.float32} | changes)
 
     def params(self, prefix: str = "param:"):
         return names.from_torch(names.DECO, self.group(prefix), abstract_params(self.model()))
@@ -77,17 +79,7 @@ class Golden:
         """Our training steps with the recorded draws: (final state, metrics of each step)."""
         c = self.config
         config = default_config()
-        config.model.update(
-            num_classes=c["num_classes"],
-            patch_size=c["patch_size"],
-            width=c["hidden_size"],
-            depth=c["num_cond_blocks"],
-            heads=c["num_groups"],
-            decoder_width=c["hidden_size_x"],
-            decoder_depth=c["num_blocks"] - c["num_cond_blocks"],
-            dtype="float32",
-            remat="full",
-        )
+        config.model.update(self.sizes(), dtype="float32", remat="full")
         config.loss.update(
             frequency_weight=c["freq_loss_weight"],
             frequency_quality=c["freq_quality"],

@@ -100,6 +100,7 @@ def euler(
 
 
 SOLVERS = {"euler": euler}
+SETTINGS = ("steps", "guidance", "guidance_interval", "shift", "solver")  # what `deco_jax.sample` can be told
 
 
 def check_sampling(

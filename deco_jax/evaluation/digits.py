@@ -17,6 +17,7 @@ from scipy.spatial.distance import cdist
 
 from deco_jax.config import default_config
 from deco_jax.data.sources import Digits
+from deco_jax.diffusion.samplers import SETTINGS
 from deco_jax.evaluation.generate import generate
 from deco_jax.evaluation.images import make_grid, save_png
 from deco_jax.pretrained import load_pretrained
@@ -75,7 +76,7 @@ def measure(workdir: str) -> dict[str, float]:
     config = ConfigDict(checkpoint.read_meta(*checkpoint.find_checkpoint(workdir))["config"])
     model, params = load_pretrained(workdir)
     labels = np.arange(SAMPLES) % 10
-    settings = {name: config.sample[name] for name in ("steps", "guidance", "guidance_interval", "shift", "solver")}
+    settings = {name: config.sample[name] for name in SETTINGS}
     images = np.stack(list(generate(model, params, labels, 0, config.data.image_size, 100, **settings)))
     by_class = np.argsort(labels, kind="stable").reshape(10, -1)[:, :SHOWN_A_CLASS].ravel()
     grid = make_grid(images[by_class], SHOWN_A_CLASS).repeat(2, axis=0).repeat(2, axis=1)

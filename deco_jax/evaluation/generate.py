@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from deco_jax.diffusion.flow import to_uint8
-from deco_jax.diffusion.samplers import check_sampling
+from deco_jax.diffusion.samplers import SETTINGS, check_sampling
 from deco_jax.errors import UsageError
 from deco_jax.evaluation.images import make_grid, save_png
 from deco_jax.parallel import mesh as meshes
@@ -99,8 +99,7 @@ def generate_to_folder(
     if size < 1 or size % p:
         raise UsageError(f"--image-size={size} must be a positive multiple of the network's patch size, {p}.")
     chosen = parse_labels(labels, model)
-    names = ("steps", "guidance", "guidance_interval", "shift", "solver")
-    settings = {name: config.sample[name] for name in names} | settings
+    settings = {name: config.sample[name] for name in SETTINGS} | settings
     check_sampling(**settings)
     images = generate(model, params, [chosen[i % len(chosen)] for i in range(num)], seed, size, batch_size, **settings)
     shown = []

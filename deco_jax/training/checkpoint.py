@@ -42,7 +42,7 @@ FREE_FIELDS = (
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, workdir: pathlib.Path, keep: int = 1, keep_every: int = 0):
+    def __init__(self, workdir: pathlib.Path, keep: int, keep_every: int):
         _quiet_orbax()
         preserve = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         self.folder = workdir.absolute() / FOLDER

@@ -16,6 +16,7 @@ import deco_jax
 from deco_jax.data import pipeline
 from deco_jax.data.sources import Source, open_source
 from deco_jax.diffusion.flow import to_uint8
+from deco_jax.diffusion.samplers import SETTINGS
 from deco_jax.errors import UsageError
 from deco_jax.evaluation.images import make_grid, save_png
 from deco_jax.models.flops import forward_flops
@@ -201,11 +202,7 @@ class _Run:
                 state.ema,
                 labels,
                 noise=noise,
-                steps=config.steps,
-                guidance=config.guidance,
-                guidance_interval=config.guidance_interval,
-                shift=config.shift,
-                solver=config.solver,
+                **{name: config[name] for name in SETTINGS},
             )
             grid = make_grid(meshes.fetch(to_uint8(images), self.mesh), GRID_COLUMNS)
             if jax.process_index() == 0:
