@@ -1,10 +1,12 @@
-"""The command line: `deco train`, `deco sample`. One clear line for bad input; `--debug` shows the traceback."""
+"""The command line, `deco COMMAND`. One clear line for bad input; `--debug` shows the traceback."""
 
 import argparse
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
-from deco_jax.errors import UsageError
+from deco_jax.errors import BrokenRun, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -13,13 +15,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_sample(commands)
+    _add_plan(commands)
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command != "train":
+    if rest and args.command not in ("train", "plan"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         args.run(args, rest)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenRun as error:
+        if args.debug or error.code == 1:
+            traceback.print_exception(error.__cause__)
+        print(f"deco: error: {error}. The same command resumes from the last checkpoint.", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.code)  # an ordinary exit would wait for the other processes
     except UsageError as error:
         if args.debug:
             raise
@@ -45,9 +55,12 @@ def _add_train(commands) -> None:
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     from deco_jax.config import load_config
+    from deco_jax.parallel.distributed import initialize
     from deco_jax.training.loop import train
 
-    train(load_config(args.config, overrides), args.workdir)
+    config = load_config(args.config, overrides)
+    initialize(config.train.heartbeat_timeout)
+    train(config, args.workdir)
 
 
 def _add_sample(commands) -> None:
@@ -90,3 +103,44 @@ def _sample(args: argparse.Namespace, _: list[str]) -> None:
         overwrite=args.overwrite,
         **settings,
     )
+
+
+def _add_plan(commands) -> None:
+    text = "Would a run fit on hardware that is not here, and how fast could it be? Ends with 1 if it does not fit."
+    parser = _add_command(commands, "plan", _plan, text)
+    parser.add_argument("--config", required=True, metavar="FILE", help="configs/NAME.py, or FILE:ARGUMENT")
+    parser.add_argument(
+        "--topology", required=True, metavar="NAME", help="v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:4x4, h100:8, cpu:8, …"
+    )
+    parser.add_argument("--slices", type=int, default=1, help="so many of them behind a slower network (default: 1)")
+    parser.add_argument("--preset", metavar="NAME", help="layout of the mesh, as --config.mesh.preset")
+    parser.add_argument("--per-device-batch", type=int, metavar="B", help="(default: the configuration's global batch)")
+    parser.add_argument("--sample", action="store_true", help="plan the sampler instead of the training step")
+    parser.add_argument("--fit", action="store_true", help="find the largest batch that fits; compiles several times")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.epilog = "Any setting of the file: --config.PART.FIELD=VALUE, for instance --config.model.remat=full"
+
+
+def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
+    import json
+
+    import jax
+
+    from deco_jax.plan import plan
+    from deco_jax.plan_report import to_text
+
+    jax.config.update("jax_platforms", "cpu")  # what compiles is this machine's CPU, whatever else it has
+    report = plan(
+        args.config,
+        overrides,
+        args.topology,
+        preset=args.preset,
+        slices=args.slices,
+        per_device_batch=args.per_device_batch,
+        sampler=args.sample,
+        fit=args.fit,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+    print(json.dumps(report, indent=2) if args.json else to_text(report))
+    if report["fits"] is False:
+        sys.exit(1)

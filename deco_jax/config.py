@@ -19,6 +19,7 @@ from deco_jax.diffusion.frequency import WEIGHT_MODES
 from deco_jax.diffusion.samplers import SETTINGS, check_sampling
 from deco_jax.errors import UsageError
 from deco_jax.models import build_model
+from deco_jax.parallel.mesh import axis_sizes
 
 
 def default_config() -> ConfigDict:
@@ -80,9 +81,11 @@ def default_config() -> ConfigDict:
     e.warmup = False  # start with smaller decays: min(decay, (1 + n)/(10 + n))
 
     c.mesh = x = ConfigDict()
-    x.data = -1  # devices over which the batch is split and parameters are copied; −1 = the rest
-    x.fsdp = 1  # devices over which the batch and the parameters are split
-    x.tensor = 1  # devices over which heads and MLP channels are split
+    x.preset = "data"  # configs/mesh/<preset>.py (data, fsdp, fsdp_tensor, hybrid) or a file: sizes for axes of 0
+    x.slices = 0  # groups of devices behind a slower network, over which the batch is split; −1 = all there are
+    x.data = 0  # devices of a group over which the batch is split and parameters are copied; −1 = the rest
+    x.fsdp = 0  # devices of a group over which the batch and the parameters are split; −1 = the rest
+    x.tensor = 0  # devices of a group over which heads and MLP channels are split; −1 = the rest
 
     c.train = t = ConfigDict()
     t.steps = 200_000  # optimiser steps
@@ -93,6 +96,9 @@ def default_config() -> ConfigDict:
     t.keep = 3  # most recent checkpoints kept
     t.keep_every = 50_000  # checkpoints at multiples of this are kept for good; 0 = none
     t.sample_every = 5_000  # steps between sample grids; 0 = none
+    t.compilation_cache = "compilation_cache"  # folder of compiled programs, within the workdir if relative; "" = none
+    t.profile_at = 0  # a profile of the five steps from this one on goes to WORKDIR/profile; 0 = none
+    t.heartbeat_timeout = 100  # seconds of silence after which a process of the run counts as dead
 
     c.sample = g = ConfigDict()
     g.steps = 50  # of the solver
@@ -196,6 +202,8 @@ _RANGES = {
     "train.keep": (1, None),
     "train.keep_every": (0, None),
     "train.sample_every": (0, None),
+    "train.profile_at": (0, None),
+    "train.heartbeat_timeout": (5, None),
     "sample.num": (1, None),
 }
 _CHOICES = {
@@ -221,6 +229,9 @@ def check_config(config: ConfigDict) -> None:
     check_sampling(**{name: config.sample[name] for name in SETTINGS})
     model, size, p = config.model, config.data.image_size, config.model.patch_size
     build_model(model)
+    tensor = axis_sizes(config.mesh)["tensor"]
+    if tensor > 0 and model.heads % tensor:
+        raise UsageError(f"mesh.tensor={tensor} must divide model.heads={model.heads}.")
     if size % p:
         lower = max(size // p, 1) * p
         raise UsageError(

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""The exceptions that the command line knows how to end on."""
 
 
 class UsageError(ValueError):
@@ -6,3 +6,18 @@ class UsageError(ValueError):
 
     The command line prints it as one line and exits with 2; `--debug` shows the traceback.
     """
+
+
+class AgreedError(UsageError):
+    """A UsageError that every process of the run raises at the same point, so that all can end in order."""
+
+
+class BrokenRun(Exception):
+    """This process of several ends alone: it must not wait for the others, nor they for it.
+
+    `code` is the exit code: 75 (try again) if another process went away first, 2 for bad input, 1 for anything else.
+    """
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code

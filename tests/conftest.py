@@ -8,6 +8,7 @@ import tempfile
 # Tests and the processes they start compile the same small programs again and again.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="deco_jax_tests_"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # where libtpu or CUDA is installed, too
 
 import jax
 

@@ -11,7 +11,7 @@ import pytest
 from deco_jax.config import check_config, default_config, flatten, load_config
 from deco_jax.errors import UsageError
 from deco_jax.parallel import mesh as meshes
-from deco_jax.training.loop import abstract_state
+from deco_jax.training.start import abstract_state
 from deco_jax.training.step import make_trainer
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -1,9 +1,9 @@
-"""The order of the data, and each host's share of it.
+"""The order of the data, and each process's share of it.
 
-    indices ─► shuffle, epoch by epoch ─► global batches of indices ─► this host's part ─► read and crop
+    indices ─► shuffle, epoch by epoch ─► global batches of indices ─► this process's rows ─► read and crop
 
-Global batch k is a function of the seed and k alone. Neither the number of hosts nor that of workers changes it, and
-the position in the data is the number of batches consumed: resuming is starting at batch k.
+Global batch k is a function of the seed and k alone. Neither the number of processes nor that of workers changes it,
+and the position in the data is the number of batches consumed: resuming is starting at batch k.
 """
 
 import contextlib
@@ -28,21 +28,19 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class LoadShare(grain.transforms.Map):
-    """Reads this host's contiguous part of a global batch of indices."""
+    """Reads this process's rows of a global batch of indices."""
 
     source: Source
-    process_index: int
-    process_count: int
+    rows: np.ndarray
     max_bad_records: int
 
     def map(self, indices_B: np.ndarray) -> Batch:
-        """(B,) → image (B/P, H, W, 3) uint8, label (B/P,) int32, bad (B/P,) int64."""
-        share = np.split(indices_B, self.process_count)[self.process_index]
-        images, labels, bad = zip(*(self._load(int(index)) for index in share), strict=True)
+        """(B,) → of each of the R rows image (R, H, W, 3) uint8, label (R,) int32, bad (R,) int32."""
+        images, labels, bad = zip(*(self._load(int(index)) for index in indices_B[self.rows]), strict=True)
         return {
             "image": np.stack(images),
             "label": np.array(labels, np.int32),
-            "bad": np.array(bad, np.int64),
+            "bad": np.array(bad, np.int32),
         }
 
     def _load(self, index: int) -> tuple[np.ndarray, int, int]:
@@ -63,14 +61,16 @@ class LoadShare(grain.transforms.Map):
 class BadRecords:
     """Counts, names and limits the records that could not be read."""
 
-    def __init__(self, source: Source, limit: int):
-        self.source, self.limit, self.seen = source, limit, set()
+    def __init__(self, source: Source, limit: int, log: bool = True):
+        self.source, self.limit, self.log, self.seen = source, limit, log, set()
 
     def check(self, bad_B: np.ndarray) -> None:
         """Takes note of a batch's bad records; raises UsageError once there are more than the limit."""
         for index in sorted(set(bad_B[bad_B >= 0].tolist()) - self.seen):
             self.seen.add(index)
             self.last = self.source.describe(index)
+            if not self.log:
+                continue
             try:
                 self.source.load(index)
                 reason = "readable now"
@@ -85,21 +85,21 @@ class BadRecords:
 
 
 def batches(
-    config: ConfigDict, seed: int, source: Source, start: int, process_index: int = 0, process_count: int = 1
+    config: ConfigDict, seed: int, source: Source, start: int, rows: np.ndarray | None = None
 ) -> Iterator[Batch]:
-    """This host's share of the global batches from number `start` on, without end.
+    """This process's rows of the global batches from number `start` on, without end.
 
     Args:
       config: the `data` part of a configuration.
       seed: of the shuffles.
       source: the records.
       start: the first batch's number.
-      process_index, process_count: which host of how many this is.
+      rows: which R of a batch's B rows to read; None = all.
 
     Yields:
-      image (B/P, H, W, 3) uint8, label (B/P,) int32, bad (B/P,) int64 (see `BadRecords`; −1 = a good record).
+      image (R, H, W, 3) uint8, label (R,) int32, bad (R,) int32 (see `BadRecords`; −1 = a good record).
     """
-    load = LoadShare(source, process_index, process_count, config.max_bad_records)
+    load = LoadShare(source, np.arange(config.batch_size) if rows is None else rows, config.max_bad_records)
     indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(config.batch_size)
     # Threads and buffers count batches, of up to 50 MB each.
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)

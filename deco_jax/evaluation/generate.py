@@ -45,7 +45,7 @@ def generate(
       batch_size: images at a time, rounded up to a multiple of the devices.
       **settings: of `deco_jax.sample`: steps, guidance, guidance_interval, shift, solver.
     """
-    mesh = meshes.make_mesh(ConfigDict({"data": -1, "fsdp": 1, "tensor": 1}), jax.local_devices())
+    mesh = meshes.make_mesh(ConfigDict({"slices": 1, "data": -1, "fsdp": 1, "tensor": 1}), jax.local_devices())
     params = jax.device_put(params, meshes.replicated(mesh))
     batch_size = -(-min(batch_size, len(labels)) // mesh.size) * mesh.size
     key = jax.random.key(seed)

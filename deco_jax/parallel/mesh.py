@@ -1,7 +1,10 @@
 """The device mesh, and the one list of rules that maps logical axes of arrays to axes of the mesh."""
 
 import contextlib
+import itertools
 import math
+import pathlib
+import runpy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +12,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -27,27 +31,93 @@ RULES = (
 SMALL = 2**16  # parameters with fewer elements are copied to every device: splitting them costs more than it saves
 
 
+def axis_sizes(config: ConfigDict) -> dict[str, int]:
+    """The sizes of "slices", "data", "fsdp" and "tensor" that `config` (a configuration's `mesh` part) asks for.
+
+    Raises:
+      UsageError: no such preset, it names an unknown axis, or a size is not one.
+    """
+    names = ("slices", *AXES)
+    sizes = {name: config[name] for name in names}
+    if not all(sizes.values()):
+        preset = _read_preset(config.preset)
+        unknown = sorted(set(preset) - set(names))
+        if unknown:
+            raise UsageError(
+                f"mesh.preset={config.preset} names the axis {unknown[0]!r}, which does not exist; there are: "
+                f"{', '.join(names)}."
+            )
+        sizes = {name: sizes[name] or preset.get(name, 1) for name in names}
+    text = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+    wrong = [size for size in sizes.values() if not isinstance(size, int) or size == 0 or size < -1]
+    if wrong or [sizes[axis] for axis in AXES].count(-1) > 1:
+        raise UsageError(f"{text}: sizes are positive, and one of {', '.join(AXES)} may be -1 for the rest.")
+    return sizes
+
+
+def _read_preset(name: str) -> dict[str, int]:
+    """The sizes in `configs/mesh/<name>.py`, or in the file of that name."""
+    path = pathlib.Path(name)
+    folder = pathlib.Path(__file__).parents[2] / "configs" / "mesh"
+    if path.suffix != ".py":
+        path = folder / f"{name}.py"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.py")))
+        raise UsageError(f"mesh.preset={name!r} does not exist; there are: {known}, or a path to a file of yours.")
+    return runpy.run_path(str(path))["get_config"]().to_dict()
+
+
 def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp and tensor.
+    """A mesh with the axes data, fsdp and tensor; data runs over the slices first.
 
     Args:
-      config: the `mesh` part of a configuration: the size of each axis; one may be −1, the rest.
+      config: the `mesh` part of a configuration.
       devices: all of them unless given.
 
     Raises:
-      UsageError: the sizes do not multiply to the number of devices.
+      UsageError: see `axis_sizes`; or the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
-    sizes = {axis: config[axis] for axis in AXES}
-    text = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
-    if any(size == 0 or size < -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
-        raise UsageError(f"{text}: sizes are positive, and one may be -1 for the rest.")
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = axis_sizes(config)
+    text = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+    groups = _slices(devices, sizes.pop("slices"))
     given = math.prod(size for size in sizes.values() if size != -1)
-    rest = len(devices) // given
+    rest = len(groups[0]) // given
     shape = tuple(rest if size == -1 else size for size in sizes.values())
-    if math.prod(shape) != len(devices):
-        raise UsageError(f"{text} do not multiply to the {len(devices)} devices here.")
-    return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    if math.prod(shape) != len(groups[0]):
+        where = f"{len(devices)} devices here" if len(groups) == 1 else f"{len(groups[0])} devices of a slice"
+        raise UsageError(f"{text} do not multiply to the {where}.")
+    parts = np.concatenate([_lay_out(group, shape) for group in groups])
+    return Mesh(parts, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _lay_out(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Devices as an array, neighbours in it being neighbours in the machine."""
+    if len({_slice_of(device) for device in devices}) > 1:
+        return np.array(devices).reshape(shape)
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def _slice_of(device: Any) -> int:
+    """The TPU slice or NVLink domain of a device. Simulated devices have none; there a process stands for one."""
+    return getattr(device, "slice_index", device.process_index if device.platform == "cpu" else 0)
+
+
+def _slices(devices: list[Any], wanted: int) -> list[list[Any]]:
+    """The devices in `wanted` equal groups with fast links within each; −1 = as many as there are."""
+    devices = sorted(devices, key=_slice_of)
+    if wanted == 1:
+        return [devices]
+    groups = [list(group) for _, group in itertools.groupby(devices, _slice_of)]
+    if wanted == -1 or wanted == len(groups):
+        if len({len(group) for group in groups}) > 1:
+            raise UsageError(
+                f"mesh.slices={wanted}: the slices here have {[len(g) for g in groups]} devices, not equal."
+            )
+        return groups
+    if len(groups) > 1 or len(devices) % wanted:
+        raise UsageError(f"mesh.slices={wanted}: the {len(devices)} devices here lie in {len(groups)} slices.")
+    return [list(part) for part in np.split(np.array(devices), wanted)]
 
 
 @contextlib.contextmanager
@@ -72,10 +142,25 @@ def batch_devices(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def place_batch(batch: Any, mesh: Mesh) -> Any:
-    """This host's share of a batch → global arrays split by `batch_sharding`."""
+def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a global batch this process's devices hold, in rising order."""
+    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in slices]))
+
+
+def place_batch(batch: Any, mesh: Mesh, rows: np.ndarray, batch_size: int) -> Any:
+    """This process's rows (see `host_rows`) of a global batch → global arrays split by `batch_sharding`."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+    def place(x: np.ndarray) -> Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            first = np.searchsorted(rows, start)
+            return x[first : first + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, shard)
+
+    return jax.tree.map(place, batch)
 
 
 def fetch(x: Array, mesh: Mesh) -> np.ndarray:

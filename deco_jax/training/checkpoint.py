@@ -7,11 +7,15 @@
 Saving is asynchronous and atomic: a step's folder gets its name when everything in it is written.
 """
 
+import contextlib
 import fcntl
 import itertools
 import json
 import logging as python_logging
+import os
 import pathlib
+import time
+from collections.abc import Iterator
 from typing import IO, Any
 
 import jax
@@ -22,9 +26,11 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from deco_jax.config import default_config, flatten
 from deco_jax.errors import UsageError
+from deco_jax.parallel import distributed
 
 FOLDER = "checkpoints"
 ITEMS = ("state", "data", "meta")
+SHARED_FOLDER_DELAY = 60  # seconds until a host surely sees what another has written to a network folder
 # What may differ between a checkpoint and the run that resumes it; everything else may not.
 FREE_FIELDS = (
     "train.",  # but see train.steps in check_resumable
@@ -39,16 +45,58 @@ FREE_FIELDS = (
 )
 
 
+@contextlib.contextmanager
+def claim(workdir: pathlib.Path) -> Iterator[None]:
+    """Within it, this run alone uses `workdir`; remains of a save that was cut off are set aside first.
+
+    Raises:
+      UsageError: another run holds it, or it is not the same folder on every process.
+    """
+    token = distributed.from_first(f"{os.getpid()} {time.time_ns()}")
+
+    def take() -> IO[str] | None:
+        if jax.process_index() > 0:
+            return None
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(f"--workdir={workdir} is in use by another process.") from error
+        if jax.process_count() > 1:
+            lock.truncate(0)
+            lock.write(token)
+            lock.flush()
+        _set_aside_incomplete(workdir / FOLDER)
+        return lock
+
+    def look() -> None:
+        end = time.monotonic() + SHARED_FOLDER_DELAY
+        while jax.process_index() > 0 and not _holds(workdir / ".lock", token):
+            if time.monotonic() > end:
+                raise UsageError(f"--workdir={workdir} is not the folder that process 0 writes to; it must be shared.")
+            time.sleep(0.5)
+
+    lock = distributed.together(take)
+    try:
+        distributed.together(look)
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _holds(path: pathlib.Path, text: str) -> bool:
+    return path.is_file() and path.read_text() == text
+
+
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run; every process has one, and they save and restore together."""
 
     def __init__(self, workdir: pathlib.Path, keep: int, keep_every: int):
         _quiet_orbax()
         preserve = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         self.folder = workdir.absolute() / FOLDER
-        if jax.process_index() == 0:
-            self.lock = _lock(workdir)
-            _set_aside_incomplete(self.folder)
         self.manager = ocp.CheckpointManager(
             self.folder,
             item_names=ITEMS,
@@ -93,11 +141,9 @@ class Checkpoints:
         self.manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and gives the workdir free."""
+        """Waits, and lets go of the manager."""
         self.wait()
         self.manager.close()
-        if jax.process_index() == 0:
-            self.lock.close()
 
 
 def restore_part(folder: pathlib.Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
@@ -173,17 +219,6 @@ def _is_complete(step_folder: pathlib.Path) -> bool:
     except (OSError, ValueError):
         return False
     return bool(metadata.get("commit_timestamp_nsecs")) and all((step_folder / item).is_dir() for item in ITEMS)
-
-
-def _lock(workdir: pathlib.Path) -> IO[str]:
-    """Held until the file is closed or the process ends, however it ends."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    lock = (workdir / ".lock").open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UsageError(f"--workdir={workdir} is in use by another process.") from error
-    return lock
 
 
 def _set_aside_incomplete(folder: pathlib.Path) -> None:

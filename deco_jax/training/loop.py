@@ -1,14 +1,13 @@
 """The run itself, and the only place with side effects: sample → save → next batch → step → report."""
 
 import contextlib
+import hashlib
 import pathlib
 import time
 from typing import Any
 
 import jax
 import numpy as np
-from clu import parameter_overview
-from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -17,19 +16,22 @@ from deco_jax.data import pipeline
 from deco_jax.data.sources import Source, open_source
 from deco_jax.diffusion.flow import to_uint8
 from deco_jax.diffusion.samplers import SETTINGS
-from deco_jax.errors import UsageError
+from deco_jax.errors import AgreedError, UsageError
 from deco_jax.evaluation.images import make_grid, save_png
 from deco_jax.models.flops import forward_flops
+from deco_jax.parallel import distributed
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel.hardware import peak_flops
 from deco_jax.sampling import image_noise, sample
 from deco_jax.training import checkpoint
-from deco_jax.training.metrics import Clock, Progress, Writers
+from deco_jax.training.metrics import Clock, Goodput, Progress, Writers
 from deco_jax.training.preemption import StopRequest, stop_request
-from deco_jax.training.state import TrainState, init_state
-from deco_jax.training.step import Trainer, make_trainer
+from deco_jax.training.start import abstract_state, check_devices, first_state, parameter_table
+from deco_jax.training.state import TrainState
+from deco_jax.training.step import Trainer, jit_step, make_trainer
 
 GRID_COLUMNS = 8
+PROFILED_STEPS = 5
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -37,55 +39,88 @@ def train(config: ConfigDict, workdir: str) -> None:
 
     Args:
       config: checked (see `deco_jax.config`).
-      workdir: gets checkpoints/, samples/, tensorboard/, metrics.jsonl and config.json.
+      workdir: gets checkpoints/, samples/, tensorboard/, metrics.jsonl, goodput.jsonl and config.json; with several
+        processes, a folder they all see.
 
     Raises:
+      BrokenRun: this process of several fails alone, or others went away.
       UsageError: the configuration does not fit the data, the devices or the checkpoint; the data has too many
         unreadable records; or the loss was not finite for too many steps in a row.
     """
     folder = pathlib.Path(workdir).expanduser()
     if "://" in workdir or (folder.exists() and not folder.is_dir()):
         raise UsageError(f"--workdir={workdir} is no folder. A bucket must be mounted (with gcsfuse, say).")
-    with stop_request() as stop:
-        _train(config, folder, stop)
+    _use_compilation_cache(config, folder)
+    with stop_request() as stop, contextlib.ExitStack() as closing:
+        try:
+            _train(config, folder, stop, closing)
+        except AgreedError:
+            raise
+        except Exception as error:
+            if jax.process_count() == 1:
+                raise
+            closing.pop_all()  # most of it would wait for processes that do not come
+            raise distributed.broken_run(error) from error
 
 
-def _train(config: ConfigDict, folder: pathlib.Path, stop: StopRequest) -> None:
+def _use_compilation_cache(config: ConfigDict, folder: pathlib.Path) -> None:
+    """The environment variable JAX_COMPILATION_CACHE_DIR, where set, wins."""
+    if config.train.compilation_cache and jax.config.jax_compilation_cache_dir is None:
+        cache = folder.absolute() / pathlib.Path(config.train.compilation_cache).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _train(config: ConfigDict, folder: pathlib.Path, stop: StopRequest, closing: contextlib.ExitStack) -> None:
     clock = Clock()
-    with contextlib.ExitStack() as closing:
-        with clock.phase("start"):
-            mesh = meshes.make_mesh(config.mesh)
-            _check_devices(config, mesh)
-            source = open_source(config.data)
-            _check_data(config, source)
-            trainer = make_trainer(config)
-            abstract = abstract_state(trainer, mesh)
-            parameters = sum(x.size for x in jax.tree.leaves(abstract.params["network"]))
-            fingerprint = pipeline.fingerprint(config.data, config.seed, source)
-            meta = checkpoint.make_meta(config, fingerprint, parameters, deco_jax.__version__)
-            checkpoints = checkpoint.Checkpoints(folder, config.train.keep, config.train.keep_every)
-            closing.callback(checkpoints.close)
-            latest = checkpoints.latest()
-            if latest is None:
-                state, step = first_state(trainer, abstract, mesh), 0
-            else:
-                checkpoint.check_resumable(checkpoints.meta(latest), meta, folder)
-                if latest >= config.train.steps:
-                    print(f"{folder} is done: step {latest} of {config.train.steps}.")
-                    return
-                state, step = checkpoints.restore(latest, abstract), checkpoints.position(latest)
-        if jax.process_index() == 0:
-            (folder / "config.json").write_text(config.to_json_best_effort(indent=2))
-            print(_summary(config, state, mesh, parameters, latest))
-        run = _Run(config, folder, mesh, trainer, source, checkpoints, meta, clock)
-        closing.callback(run.close)
-        run.loop(state, step, stop)
-        with clock.phase("checkpoint"):
-            checkpoints.wait()
-        if stop:
-            saved = checkpoints.latest()
-            what = "nothing was trained" if saved is None else f"step {saved} is saved"
-            run.progress.say(f"Stopped by {stop.signal.name}; {what}. The same command resumes from there.")
+    with clock.phase("init"):
+        mesh, source, trainer = distributed.together(lambda: _prepare(config))
+        abstract = abstract_state(trainer, mesh)
+        parameters = sum(x.size for x in jax.tree.leaves(abstract.params["network"]))
+        fingerprint = pipeline.fingerprint(config.data, config.seed, source)
+        meta = checkpoint.make_meta(config, fingerprint, parameters, deco_jax.__version__)
+        _check_processes_agree(config, fingerprint)
+        closing.enter_context(checkpoint.claim(folder))
+        checkpoints = checkpoint.Checkpoints(folder, config.train.keep, config.train.keep_every)
+        closing.callback(checkpoints.close)
+        latest = checkpoints.latest()
+        distributed.check_same("the newest checkpoint", str(latest))
+        if latest is None:
+            state, step = distributed.together(lambda: first_state(trainer, abstract, mesh)), 0
+        else:
+            distributed.together(lambda: checkpoint.check_resumable(checkpoints.meta(latest), meta, folder))
+            if latest >= config.train.steps:
+                print(f"{folder} is done: step {latest} of {config.train.steps}.")
+                return
+            state, step = checkpoints.restore(latest, abstract), checkpoints.position(latest)
+    if jax.process_index() == 0:
+        (folder / "config.json").write_text(config.to_json_best_effort(indent=2))
+        print(_summary(config, trainer, mesh, parameters, latest))
+    run = _Run(config, folder, mesh, trainer, source, checkpoints, meta, clock)
+    closing.callback(run.close)
+    run.loop(state, abstract, step, stop)
+    with clock.phase("checkpoint"):
+        checkpoints.wait()
+    if run.told_to_stop(stop):
+        saved = checkpoints.latest()
+        what = "nothing was trained" if saved is None else f"step {saved} is saved"
+        by = stop.signal.name if stop else "a signal to another process"
+        run.progress.say(f"Stopped by {by}; {what}. The same command resumes from there.")
+
+
+def _prepare(config: ConfigDict) -> tuple[Mesh, Source, Trainer]:
+    mesh = meshes.make_mesh(config.mesh)
+    check_devices(config, mesh)
+    source = open_source(config.data)
+    _check_data(config, source)
+    return mesh, source, make_trainer(config)
+
+
+def _check_processes_agree(config: ConfigDict, fingerprint: str) -> None:
+    """A run whose processes differ in program, settings or data would hang, or train on what nobody asked for."""
+    distributed.check_same("the version of deco_jax and jax", f"{deco_jax.__version__}, {jax.__version__}")
+    settings = hashlib.sha256(config.to_json_best_effort().encode()).hexdigest()[:16]
+    distributed.check_same("the configuration (a hash)", settings)
+    distributed.check_same("the data's fingerprint", fingerprint)
 
 
 class _Run:
@@ -101,25 +136,29 @@ class _Run:
         self.meta: dict[str, Any] = meta
         self.clock: Clock = clock
         active = jax.process_index() == 0
+        self.step = checkpoints.latest() or 0
         self.writers = Writers(folder, active)
-        self.progress = Progress(config.train.steps, checkpoints.latest() or 0, active)
+        self.progress = Progress(config.train.steps, self.step, active)
+        self.goodput = Goodput(folder, self.step, clock, active)
         self.step_flops = 3 * forward_flops(trainer.network, config.data.image_size, config.data.image_size)
         self.peak = peak_flops(jax.devices()[0])
+        self.bad = pipeline.BadRecords(source, config.data.max_bad_records, active)
+        self.profile = contextlib.ExitStack()
+        self.told = False  # that some process was asked to stop
 
-    def loop(self, state: TrainState, step: int, stop: StopRequest) -> None:
+    def loop(self, state: TrainState, abstract: TrainState, step: int, stop: StopRequest) -> None:
         """Steps to the end, from `step`. The order makes resuming exact: what is saved has not seen the next batch."""
         config, start = self.config.train, step
-        bad = pipeline.BadRecords(self.source, self.config.data.max_bad_records)
-        host_batches = pipeline.batches(
-            self.config.data, self.config.seed, self.source, step, jax.process_index(), jax.process_count()
-        )
-        train_step = jax.jit(self.trainer.step, donate_argnums=0)
+        rows = meshes.host_rows(self.mesh, self.config.data.batch_size)
+        host_batches = pipeline.batches(self.config.data, self.config.seed, self.source, step, rows)
+        train_step = jit_step(self.trainer, abstract, self.mesh)
         logged = None  # (step, its metrics, still on the devices): read when the next step is under way
+        unheard = None  # (metrics, notes) of the step under way
         with meshes.use_mesh(self.mesh), contextlib.closing(host_batches):
             while True:
-                finished = step >= config.steps
+                finished, stopping = step >= config.steps, self.told_to_stop(stop)
                 to_sample = config.sample_every and (finished or step % config.sample_every == 0)
-                to_save = finished or stop or step % config.save_every == 0
+                to_save = finished or stopping or step % config.save_every == 0
                 if step > start and (to_sample or to_save):
                     if logged is not None:
                         self.report(*logged)
@@ -129,44 +168,79 @@ class _Run:
                     if to_save:
                         with self.clock.phase("checkpoint"):
                             self.checkpoints.save(step, state, self.meta)
-                if finished or stop:
+                        self.goodput.note(step)
+                if finished or stopping:
                     break
-                with self.clock.phase("data"):
-                    host_batch = next(host_batches)
-                    bad.check(host_batch.pop("bad"))
-                    batch = meshes.place_batch(host_batch, self.mesh)
+                with self.clock.phase("data wait"):
+                    batch, notes = self.place(next(host_batches), rows, stop)
+                self.profile_five_steps(step, start)
                 if step == start:
                     with self.clock.phase("compile"):
-                        state, metrics = train_step(state, batch)
-                        jax.block_until_ready(metrics)
-                    self.since = (step + 1, self.busy(), self.clock.seconds["data"])
+                        state, metrics, notes = train_step(state, batch, notes)
+                        self.listen(step + 1, metrics, notes)
+                    self.since = (step + 1, self.busy(), self.clock.seconds["data wait"])
                 else:
-                    with self.clock.phase("step"), jax.transfer_guard("disallow"):
-                        before, (state, metrics) = metrics, train_step(state, batch)
+                    with self.clock.phase("step"), jax.transfer_guard("disallow"), jax.no_tracing():
+                        before, (state, metrics, notes) = unheard, train_step(state, batch, notes)
                         # One step runs while this waits for the one before: batches do not pile up.
-                        self.check_finite(step, int(jax.device_get(before["skipped_in_a_row"])))
+                        self.listen(step, *before)
                     if logged is not None:
                         self.report(*logged)
                         logged = None
+                unheard = metrics, notes
                 step += 1
+                self.step = step
                 if step % config.log_every == 0 or step == config.steps:
                     logged = step, metrics
-            self.check_finite(step, int(jax.device_get(state.skipped_in_a_row)))
+            if unheard is not None:
+                self.listen(step, *unheard)
+
+    def told_to_stop(self, stop: StopRequest) -> bool:
+        """Whether this is the step to stop at, the same one on every process."""
+        return bool(stop) if jax.process_count() == 1 else self.told
+
+    def place(self, host_batch: pipeline.Batch, rows: np.ndarray, stop: StopRequest) -> tuple[Any, Any]:
+        """This process's rows of a batch, and what it has to tell the others, as global arrays."""
+        notes = {"bad": host_batch.pop("bad"), "stop": np.full(len(rows), bool(stop))}
+        return meshes.place_batch((host_batch, notes), self.mesh, rows, self.config.data.batch_size)
+
+    def listen(self, step: int, metrics: dict[str, jax.Array], notes: dict[str, jax.Array]) -> None:
+        """Takes note of what came out of `step` and of what the processes said in it; waits for that step.
+
+        Raises:
+          AgreedError: too many bad steps in a row, or bad records; on every process at the same step.
+        """
+        skipped_in_a_row, notes = jax.device_get((metrics["skipped_in_a_row"], notes))
+        self.told = self.told or bool(notes["stop"].any())
+        try:
+            self.bad.check(notes["bad"])
+            self.check_finite(step, int(skipped_in_a_row))
+        except UsageError as error:
+            raise AgreedError(str(error)) from error
+
+    def profile_five_steps(self, step: int, start: int) -> None:
+        """Starts and ends the profile that `train.profile_at` asks for."""
+        at = self.config.train.profile_at
+        if at and step == max(at, start):
+            self.profile.enter_context(jax.profiler.trace(str(self.folder / "profile")))
+        elif step >= at + PROFILED_STEPS:
+            self.profile.close()
 
     def close(self) -> None:
         """Ends logs and bar, and says where the time went."""
+        self.profile.close()
         self.writers.close()
         self.progress.close()
-        self.progress.say(f"Time: {self.clock.summary()}.")
+        self.progress.say(self.goodput.close(self.step))
 
     def busy(self) -> float:
         """A clock that stands still while the run samples, saves or compiles."""
-        return time.perf_counter() - sum(self.clock.seconds[name] for name in ("sample", "checkpoint", "compile"))
+        return time.perf_counter() - sum(self.clock.seconds[name] for name in ("eval", "checkpoint", "compile"))
 
     def report(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Writes the scalars of `step`."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        now, data = self.busy(), self.clock.seconds["data"]
+        now, data = self.busy(), self.clock.seconds["data wait"]
         last_step, last_time, last_data = self.since
         self.since = (step, now, data)
         if step > last_step:  # else it is the first step, whose time is the compiler's
@@ -192,34 +266,27 @@ class _Run:
     def sample(self, step: int, state: TrainState) -> None:
         """Draws a grid from the EMA weights and the same noise every time; rows are classes."""
         config, classes = self.config.sample, self.config.model.num_classes
-        with self.clock.phase("sample"):
-            rows = -(-config.num // GRID_COLUMNS)
-            labels = np.repeat(np.arange(rows) * classes // rows, GRID_COLUMNS)[: config.num]
-            side = self.config.data.image_size
-            noise = image_noise(jax.random.key(self.config.seed), np.arange(config.num), (side, side, 3))
+        with self.clock.phase("eval"):
+            grid_rows = -(-config.num // GRID_COLUMNS)
+            labels = np.repeat(np.arange(grid_rows) * classes // grid_rows, GRID_COLUMNS)
+            drawn = -(-len(labels) // meshes.batch_devices(self.mesh)) * meshes.batch_devices(self.mesh)
+            noise = jax.jit(self.noise, static_argnums=0, out_shardings=meshes.batch_sharding(self.mesh))(drawn)
             images = sample(
                 self.trainer.network,
                 state.ema,
-                labels,
+                np.resize(labels, drawn),
                 noise=noise,
                 **{name: config[name] for name in SETTINGS},
             )
-            grid = make_grid(meshes.fetch(to_uint8(images), self.mesh), GRID_COLUMNS)
+            grid = make_grid(meshes.fetch(to_uint8(images), self.mesh)[: config.num], GRID_COLUMNS)
             if jax.process_index() == 0:
                 save_png(grid, self.folder / "samples" / f"step_{step:08d}.png")
             self.writers.picture(step, grid)
 
-
-def _check_devices(config: ConfigDict, mesh: Mesh) -> None:
-    batch, parts, devices = config.data.batch_size, config.optimizer.accumulation, meshes.batch_devices(mesh)
-    unit = parts * devices
-    if batch % unit:
-        raise UsageError(
-            f"data.batch_size={batch} is not divisible by {devices} devices × optimizer.accumulation={parts}; "
-            f"nearest: {max(batch // unit, 1) * unit} and {(batch // unit + 1) * unit}."
-        )
-    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise UsageError("model.attention='cudnn' needs an NVIDIA GPU; 'default' runs everywhere.")
+    def noise(self, number: int) -> jax.Array:
+        """What the images of a grid start from, (number, H, W, 3)."""
+        side = self.config.data.image_size
+        return image_noise(jax.random.key(self.config.seed), jax.numpy.arange(number), (side, side, 3))
 
 
 def _check_data(config: ConfigDict, source: Source) -> None:
@@ -234,53 +301,9 @@ def _check_data(config: ConfigDict, source: Source) -> None:
         )
 
 
-def _initialise(trainer: Trainer, image_size: int):
-    """The function that makes a fresh state from the run's seed, still with logical axis names."""
-    return lambda: init_state(
-        jax.random.fold_in(jax.random.key(trainer.config.seed), 2**31 - 1),  # no step draws from this key
-        trainer.network,
-        trainer.projector,
-        trainer.optimizer,
-        image_size,
-    )
-
-
-def abstract_state(trainer: Trainer, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of a run's state, without computing it."""
-    with meshes.use_mesh(mesh):
-        boxed = jax.eval_shape(_initialise(trainer, trainer.config.model.patch_size))
-    shardings = meshes.state_shardings(boxed, mesh)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings
-    )
-
-
-def first_state(trainer: Trainer, abstract: TrainState, mesh: Mesh) -> TrainState:
-    """A run's state before its first step: random, or with the weights of `train.init_from`."""
-    make = _initialise(trainer, trainer.config.model.patch_size)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    with meshes.use_mesh(mesh):
-        state = jax.jit(lambda: nn.meta.unbox(make()), out_shardings=shardings)()
-    path = trainer.config.train.init_from
-    if not path:
-        return state
-    folder, step = checkpoint.find_checkpoint(path)
-    theirs, ours = checkpoint.read_meta(folder, step)["config"]["model"], trainer.config.model.to_dict()
-    different = [
-        f"model.{field}: {theirs.get(field)} there, {value} here"
-        for field, value in ours.items()
-        if theirs.get(field) != value and field not in ("dtype", "remat", "scan", "attention")
-    ]
-    if different:
-        raise UsageError(f"train.init_from={path} holds another network: {'; '.join(different)}.")
-    wanted = {"params": {"network": abstract.params["network"]}, "ema": abstract.ema}
-    part = checkpoint.restore_part(folder, step, wanted)
-    return state.replace(params={**state.params, **part["params"]}, ema=part["ema"])
-
-
-def _summary(config: ConfigDict, state: TrainState, mesh: Mesh, parameters: int, latest: int | None) -> str:
+def _summary(config: ConfigDict, trainer: Trainer, mesh: Mesh, parameters: int, latest: int | None) -> str:
     """What stands at the top of a run's output."""
-    table = parameter_overview.get_parameter_overview(state.params, include_stats="sharding")
+    table = parameter_table(trainer, mesh)
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     begin = f"resumes at step {latest}" if latest else f"starts from {config.train.init_from or 'random weights'}"
     return (

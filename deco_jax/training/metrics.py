@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 
 class Clock:
-    """Seconds spent in each phase of a run."""
+    """Seconds spent in each phase of one start of a run."""
 
     def __init__(self):
         self.seconds: dict[str, float] = defaultdict(float)
@@ -28,10 +28,59 @@ class Clock:
         finally:
             self.seconds[name] += time.perf_counter() - start
 
-    def summary(self) -> str:
-        """«step 210.3 s, compile 14.1 s, …», largest first."""
-        parts = sorted(self.seconds.items(), key=lambda item: -item[1])
-        return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in parts)
+    def total(self) -> float:
+        """Of all phases."""
+        return sum(self.seconds.values())
+
+
+class Goodput:
+    """Where the time of a run went, over all its starts, and what restarts cost.
+
+    `goodput.jsonl` gets a line at the start of an attempt, with every checkpoint, and at its end. After a restart, what
+    lies between the checkpoint it resumes from and the new start is lost: work done twice, and time not running.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int, clock: Clock, active: bool):
+        self.clock, self.attempts = clock, 1
+        self.before: dict[str, float] = {}  # seconds of earlier attempts, and what was lost between them
+        self.file = None
+        if not active:
+            return
+        path = workdir / "goodput.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        kept = [line for line in lines if line["step"] <= step]
+        if kept and step:
+            last = max(kept, key=lambda line: (line["attempt"], line["time"]))
+            self.attempts = lines[-1]["attempt"] + 1
+            lost = time.time() - self.clock.total() - last["time"]
+            self.before = _sum(last["seconds"], {"lost to restarts": max(lost, 0.0)})
+        self.file = path.open("a", buffering=1, encoding="utf-8")
+        self.note(step)
+
+    def note(self, step: int) -> None:
+        """Writes down how much time has gone where, up to `step`."""
+        if self.file is not None:
+            seconds = _sum(self.before, self.clock.seconds)
+            line = {"attempt": self.attempts, "step": step, "time": time.time(), "seconds": seconds}
+            self.file.write(json.dumps(line) + "\n")
+
+    def close(self, step: int) -> str:
+        """The last line of the file, at the step that was reached, and the same for people."""
+        self.note(step)
+        if self.file is None:
+            return ""
+        self.file.close()
+        seconds = _sum(self.before, {"lost to restarts": 0.0}, self.clock.seconds)
+        total = sum(seconds.values())
+        parts = ", ".join(f"{name} {value:.1f} s" for name, value in sorted(seconds.items(), key=lambda item: -item[1]))
+        return (
+            f"Goodput: {seconds.get('step', 0.0) / max(total, 1e-9):.1%} of {total:.1f} s in {self.attempts} start(s) "
+            f"went into steps: {parts}."
+        )
+
+
+def _sum(*parts: dict[str, float]) -> dict[str, float]:
+    return {name: sum(part.get(name, 0.0) for part in parts) for part in parts for name in part}
 
 
 class Writers:

@@ -1,6 +1,7 @@
 """One training step as a pure function: draw, predict, differentiate, update."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,11 +9,13 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax import Array
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from deco_jax.diffusion.flow import Draws, draw, example_keys, to_float
 from deco_jax.diffusion.objective import Objective
 from deco_jax.models import Projector, build_model
+from deco_jax.parallel.mesh import batch_sharding, replicated
 from deco_jax.training.optimizer import learning_rate, make_optimizer
 from deco_jax.training.state import TrainState
 
@@ -117,6 +120,31 @@ class Trainer:
             )
             grads, metrics = jax.tree.map(lambda x: x / parts, total)
         return self.update(state, grads, metrics)
+
+
+def jit_step(trainer: Trainer, abstract: TrainState, mesh: Mesh) -> Callable[..., Any]:
+    """The step as one program, to be called within `use_mesh(mesh)`: (state, batch, notes) → (state, metrics, notes).
+
+    Args:
+      trainer: whose step it is.
+      abstract: shapes and shardings of its state (see `abstract_state`); the state is donated.
+      mesh: what both lie on.
+
+    Notes are what each process tells the others: arrays (B, …), split like the batch on the way in, whole on every
+    process on the way out. Metrics are whole everywhere as well.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    whole = replicated(mesh)
+
+    def step(state: TrainState, batch: dict[str, Array], notes: Any) -> tuple[TrainState, Metrics, Any]:
+        state, metrics = trainer.step(state, batch)
+        # Sent when the step is done, not beside its collectives: simulated devices have too few threads for two at a
+        # time and would wait for each other forever. The number is never negative, which the compiler cannot know.
+        done = metrics["skipped_in_a_row"] >= 0
+        notes = jax.tree.map(lambda x: jnp.where(done, x, 0), notes)
+        return state, metrics, jax.lax.with_sharding_constraint(notes, batch_sharding(mesh))
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole, whole))
 
 
 def make_trainer(config: ConfigDict) -> Trainer:

@@ -1,0 +1,116 @@
+"""Does every mesh compute the same? Prints the table of docs/numbers.md and writes equivalence.json.
+
+python benchmarks/equivalence.py [OUTPUT.json]
+
+One training step (every loss on) and a guided sampling on eight simulated devices under each preset, against the same
+on one device. tests/parallel/test_equivalence.py runs the same comparisons.
+"""
+
+import json
+import os
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 8)
+
+import numpy as np
+
+from deco_jax.config import default_config
+from deco_jax.parallel import mesh as meshes
+from deco_jax.sampling import image_noise, sample
+from deco_jax.training.start import abstract_state, check_devices
+from deco_jax.training.step import jit_step, make_trainer
+
+BATCH, SIDE, SETTINGS = 16, 28, {"steps": 3, "guidance": 2.0, "guidance_interval": (0.3, 1.0)}
+CASES = {  # settings that differ from the reference's
+    "data": {"mesh.preset": "data"},
+    "fsdp": {"mesh.preset": "fsdp"},
+    "fsdp_tensor": {"mesh.preset": "fsdp_tensor"},
+    "hybrid, 2 slices": {"mesh.preset": "hybrid", "mesh.slices": 2},
+    "fsdp_tensor, 2 parts, full remat, unrolled": {
+        "mesh.preset": "fsdp_tensor",
+        "optimizer.accumulation": 2,
+        "model.remat": "full",
+        "model.scan": False,
+    },
+}
+
+
+def make_config(changes):
+    c = default_config()
+    c.model.update(num_classes=10, patch_size=7, width=16, depth=2, heads=2, decoder_width=8, decoder_depth=1)
+    c.model.update(dtype="float32", remat="none")
+    c.data.update(image_size=SIDE, batch_size=BATCH)
+    c.loss.update(alignment_weight=0.5, alignment_layer=1, alignment_features=24)
+    c.optimizer.lr = 1e-3
+    for field, value in changes.items():
+        part, name = field.split(".")
+        c[part][name] = value
+    return c
+
+
+def any_state(abstract):
+    """A state with random parameters: at the published initialisation most gradients are 0."""
+    draw = np.random.default_rng(1).normal
+    params = jax.tree.map(lambda p: draw(0, 0.2, p.shape).astype(np.float32), abstract.params)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+    state = zeros.replace(params=params, ema=jax.tree.map(np.copy, params["network"]))
+    return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), state, abstract)
+
+
+def compute(changes, devices):
+    """One step's metrics and first moments (a tenth of the gradients), and images, as numpy; and the state after it."""
+    config = make_config(changes)
+    trainer, mesh = make_trainer(config), meshes.make_mesh(config.mesh, devices)
+    check_devices(config, mesh)
+    abstract = abstract_state(trainer, mesh)
+    state = any_state(abstract)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (BATCH, SIDE, SIDE, 3), np.uint8),
+        "label": rng.integers(0, 10, BATCH).astype(np.int32),
+        "features": rng.normal(size=(BATCH, (SIDE // 7) ** 2, 24)).astype(np.float32),
+    }
+    noise = image_noise(jax.random.key(0), np.arange(BATCH), (SIDE, SIDE, 3))
+    with meshes.use_mesh(mesh):
+        noise = jax.device_put(noise, meshes.batch_sharding(mesh))
+        images = sample(trainer.network, state.ema, np.arange(BATCH) % 10, noise=noise, **SETTINGS)
+        images = meshes.fetch(images, mesh)
+        step = jit_step(trainer, abstract, mesh)
+        placed = meshes.place_batch(batch, mesh, np.arange(BATCH), BATCH)
+        state, metrics, _ = step(state, placed, {})
+    return jax.device_get((metrics, state.opt_state[0].mu)), images, state, step, placed, mesh
+
+
+def errors(reference, case):
+    """Largest relative errors of metrics, of the gradient of a parameter, and of the images."""
+    (metrics, gradients), images = case
+    (metrics_1, gradients_1), images_1 = reference
+
+    def relative(a, b):
+        return float(np.linalg.norm(np.float64(a) - b) / np.linalg.norm(np.float64(b)))
+
+    return {
+        "metrics": max(relative(metrics[name], value) for name, value in metrics_1.items() if value != 0),
+        "gradients": max(map(relative, jax.tree.leaves(gradients), jax.tree.leaves(gradients_1))),
+        "images": relative(images, images_1),
+    }
+
+
+def main():
+    meshes.SMALL = 0  # split whatever divides, also in a tiny network
+    reference = compute({}, jax.devices()[:1])[:2]
+    table = {name: errors(reference, compute(changes, jax.devices())[:2]) for name, changes in CASES.items()}
+    print("| against one device | metrics | gradients | images |\n|---|---|---|---|")
+    for name, row in table.items():
+        print(f"| {name} | {row['metrics']:.1e} | {row['gradients']:.1e} | {row['images']:.1e} |")
+    with open(sys.argv[1] if len(sys.argv) > 1 else "equivalence.json", "w") as file:
+        json.dump(table, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Several processes as one run: who they are, what they agree on, and how one that is lost ends the others."""
+
+import dataclasses
+import os
+import pathlib
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from deco_jax.errors import AgreedError, BrokenRun, UsageError
+
+T = TypeVar("T")
+COORDINATOR = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+MESSAGE_BYTES = 1024  # of what one process tells the others
+# In the messages of collectives, and of jax's coordination service, when a process is gone.
+SIGNS_OF_LOSS = ("gloo", "nccl", "coordination", "heartbeat", "connection", "socket closed", "unavailable", "barrier")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """Whether and how `jax.distributed.initialize` is called."""
+
+    text: str  # what was decided, and from what
+    arguments: dict[str, Any] | None  # None = not called: a single process
+
+
+def decide(environment: Mapping[str, str], tpu_vm: bool) -> Decision:
+    """Decides from the environment variables of a process; the first of these that holds:
+
+    an explicit coordinator (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; a JobSet sets them on GPUs),
+    a SLURM step of several tasks, TPU hosts on GKE (its webhook names them), a TPU VM, a single process.
+
+    Args:
+      environment: usually `os.environ`.
+      tpu_vm: whether this machine has TPU chips; jax then asks the metadata server for the other hosts.
+
+    Raises:
+      UsageError: the explicit coordinator's variables are incomplete or no numbers that fit each other.
+    """
+    env = environment
+    if any(name in env for name in COORDINATOR):
+        return _explicit(env)
+    if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        text = f"SLURM job {env['SLURM_JOB_ID']}, task {env['SLURM_PROCID']} of {env['SLURM_NTASKS']}"
+        return Decision(text, {"cluster_detection_method": "slurm", "local_device_ids": _slurm_gpus(env)})
+    hosts = (env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES") or "").split(",")
+    slices = int(env.get("MEGASCALE_NUM_SLICES") or 1)
+    if tpu_vm and (len(hosts) > 1 or slices > 1):
+        return Decision(f"TPU on GKE, host {env.get('TPU_WORKER_ID')} of {len(hosts)}, {slices} slice(s)", {})
+    if tpu_vm and hosts == [""] and "TPU_SKIP_MDS_QUERY" not in env:
+        return Decision("TPU VM; its metadata server names the hosts", {})
+    return Decision("a single process", None)
+
+
+def _explicit(env: Mapping[str, str]) -> Decision:
+    missing = [name for name in COORDINATOR if not env.get(name)]
+    if missing:
+        raise UsageError(f"{', '.join(missing)} is not set; an explicit coordinator needs {', '.join(COORDINATOR)}.")
+    address, count, index = (env[name] for name in COORDINATOR)
+    if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
+        raise UsageError(
+            f"JAX_NUM_PROCESSES={count} and JAX_PROCESS_ID={index} must be numbers, the second below the first."
+        )
+    if not address.rpartition(":")[2].isdigit() or ":" not in address:
+        raise UsageError(f"JAX_COORDINATOR_ADDRESS={address} must be HOST:PORT of process 0.")
+    jobset = f" (JobSet {env['JOBSET_NAME']})" if "JOBSET_NAME" in env else ""
+    arguments = {
+        "coordinator_address": address,
+        "num_processes": int(count),
+        "process_id": int(index),
+        "cluster_detection_method": "deactivate",  # nothing is left to detect
+    }
+    return Decision(f"coordinator {address}{jobset}, process {index} of {count}", arguments)
+
+
+def _slurm_gpus(env: Mapping[str, str]) -> list[int] | None:
+    """Which of the GPUs that this task sees it uses. jax alone would take one, also where a node has a single task."""
+    visible = [gpu for gpu in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    tasks = int(env.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0])
+    if not visible:
+        return None
+    if len(visible) < tasks:  # SLURM has already given each task its own
+        return list(range(len(visible)))
+    each = len(visible) // tasks
+    first = int(env["SLURM_LOCALID"]) * each
+    return list(range(first, first + each))
+
+
+def initialize(heartbeat_timeout: int) -> None:
+    """Joins this process to the others of its run, if there are any, and prints what was decided.
+
+    Call it before anything else touches JAX's devices.
+
+    Args:
+      heartbeat_timeout: seconds of silence after which a process counts as dead and jax ends the others.
+
+    Raises:
+      UsageError: the others cannot be found.
+    """
+    tpu_vm = any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
+    decision = decide(os.environ, tpu_vm and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu"))
+    print(f"Processes: {decision.text}.", flush=True)
+    if decision.arguments is None:
+        return
+    try:
+        jax.distributed.initialize(
+            **decision.arguments,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+            shutdown_timeout_seconds=heartbeat_timeout,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UsageError(f"the processes of this run ({decision.text}) did not find each other: {error}") from error
+
+
+def together(check: Callable[[], T]) -> T:
+    """Runs `check` on every process; if it raises a UsageError on any of them, all raise an AgreedError."""
+    if jax.process_count() == 1:
+        return check()
+    result, message = None, ""
+    try:
+        result = check()
+    except UsageError as error:
+        message = str(error)
+    messages = [_text(row) for row in _gather(_bytes(message))]
+    if message:
+        raise AgreedError(message)
+    for index, other in enumerate(messages):
+        if other:
+            raise AgreedError(f"process {index} stopped: {other}")
+    return result
+
+
+def check_same(what: str, value: str) -> None:
+    """Raises an AgreedError unless `value` is the same on every process."""
+    if jax.process_count() > 1:
+        values = [_text(row) for row in _gather(_bytes(value))]
+        for index, other in enumerate(values):
+            if other != values[0]:
+                raise AgreedError(f"{what} of process {index} is {other}, of process 0 {values[0]}.")
+
+
+def from_first(value: str) -> str:
+    """Process 0's `value`, on every process."""
+    return value if jax.process_count() == 1 else _text(_gather(_bytes(value))[0])
+
+
+def _bytes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0"), np.uint8)
+
+
+def _text(row: np.ndarray) -> str:
+    return row.tobytes().rstrip(b"\0").decode(errors="ignore")
+
+
+def _gather(row: np.ndarray) -> np.ndarray:
+    """(n,) of every process → (processes, n) on every process."""
+    return np.asarray(multihost_utils.process_allgather(row, tiled=False))
+
+
+def broken_run(error: Exception) -> BrokenRun:
+    """What `error`, raised by this process of several and not agreed on, means for the run."""
+    where = f"process {jax.process_index()} on {socket.gethostname()} stops"
+    if isinstance(error, UsageError):
+        return BrokenRun(f"{where}: {error}", 2)
+    if any(sign in str(error).lower() for sign in SIGNS_OF_LOSS):
+        reason = str(error).strip().splitlines()[0][:300]
+        return BrokenRun(f"{where}: another process of this run ended or no longer answers ({reason})", 75)
+    return BrokenRun(f"{where}: {type(error).__name__}: {error}", 1)

@@ -1,0 +1,109 @@
+"""The state a run starts from: its shapes and shardings, and its first values."""
+
+import math
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from deco_jax.errors import UsageError
+from deco_jax.parallel import mesh as meshes
+from deco_jax.training import checkpoint
+from deco_jax.training.state import TrainState, init_state
+from deco_jax.training.step import Trainer
+
+
+def check_devices(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UsageError if a run of `config` cannot be laid out over `mesh`."""
+    batch, parts, devices = config.data.batch_size, config.optimizer.accumulation, meshes.batch_devices(mesh)
+    unit = parts * devices
+    if batch % unit:
+        raise UsageError(
+            f"data.batch_size={batch} is not divisible by {devices} devices × optimizer.accumulation={parts}; "
+            f"nearest: {max(batch // unit, 1) * unit} and {(batch // unit + 1) * unit}."
+        )
+    width, heads, fsdp, tensor = config.model.width, config.model.heads, mesh.shape["fsdp"], mesh.shape["tensor"]
+    if width % fsdp:
+        fits = max(n for n in range(1, fsdp) if fsdp % n == 0 and width % n == 0)
+        raise UsageError(
+            f"mesh.fsdp={fsdp} does not divide model.width={width}, so nothing would be split; "
+            f"mesh.fsdp={fits} with mesh.data=-1 fits."
+        )
+    if heads % tensor:
+        raise UsageError(f"mesh.tensor={tensor} must divide model.heads={heads}.")
+    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise UsageError("model.attention='cudnn' needs an NVIDIA GPU; 'default' runs everywhere.")
+
+
+def _initialise(trainer: Trainer, image_size: int):
+    """The function that makes a fresh state from the run's seed, still with logical axis names."""
+    return lambda: init_state(
+        jax.random.fold_in(jax.random.key(trainer.config.seed), 2**31 - 1),  # no step draws from this key
+        trainer.network,
+        trainer.projector,
+        trainer.optimizer,
+        image_size,
+    )
+
+
+def _boxed_state(trainer: Trainer, mesh: Mesh) -> TrainState:
+    """Shapes and dtypes, still with logical axis names."""
+    with meshes.use_mesh(mesh):
+        return jax.eval_shape(_initialise(trainer, trainer.config.model.patch_size))
+
+
+def parameter_table(trainer: Trainer, mesh: Mesh) -> str:
+    """A line for each parameter: name, shape, logical axes, mesh axes it is split over, bytes a device (fp32)."""
+    boxed = _boxed_state(trainer, mesh).params
+    rows, total = [("parameter", "shape", "logical axes", "split over", "bytes a device")], 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+    ):
+        sharding = meshes.state_shardings(leaf, mesh)
+        size = 4 * math.prod(sharding.shard_shape(leaf.value.shape))
+        total += size
+        names = jax.tree_util.keystr(path, simple=True, separator="/")
+        axes = ", ".join(str(name or "·") for name in leaf.names)
+        split = ", ".join("+".join(part) if part else "·" for part in sharding.spec)
+        rows.append(
+            (names, "×".join(map(str, leaf.value.shape)), axes, split if any(sharding.spec) else "copied", f"{size:,}")
+        )
+    rows.append(("all parameters (EMA and both moments are as large and split alike)", "", "", "", f"{total:,}"))
+    widths = [max(len(row[column]) for row in rows[:-1]) for column in range(4)]
+    return "\n".join(
+        "  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), f"{row[4]:>14}"])
+        for row in rows
+    )
+
+
+def abstract_state(trainer: Trainer, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a run's state, without computing it."""
+    boxed = _boxed_state(trainer, mesh)
+    shardings = meshes.state_shardings(boxed, mesh)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings
+    )
+
+
+def first_state(trainer: Trainer, abstract: TrainState, mesh: Mesh) -> TrainState:
+    """A run's state before its first step: random, or with the weights of `train.init_from`."""
+    make = _initialise(trainer, trainer.config.model.patch_size)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    with meshes.use_mesh(mesh):
+        state = jax.jit(lambda: nn.meta.unbox(make()), out_shardings=shardings)()
+    path = trainer.config.train.init_from
+    if not path:
+        return state
+    folder, step = checkpoint.find_checkpoint(path)
+    theirs, ours = checkpoint.read_meta(folder, step)["config"]["model"], trainer.config.model.to_dict()
+    different = [
+        f"model.{field}: {theirs.get(field)} there, {value} here"
+        for field, value in ours.items()
+        if theirs.get(field) != value and field not in ("dtype", "remat", "scan", "attention")
+    ]
+    if different:
+        raise UsageError(f"train.init_from={path} holds another network: {'; '.join(different)}.")
+    wanted = {"params": {"network": abstract.params["network"]}, "ema": abstract.ema}
+    part = checkpoint.restore_part(folder, step, wanted)
+    return state.replace(params={**state.params, **part["params"]}, ema=part["ema"])

@@ -1,0 +1,34 @@
+"""`deco`, but every process writes down which images it places on its devices: DECO_TEST_RECORD names the file.
+
+A line a batch: {row of the global batch: hash of image and label}. DECO_TEST_SECONDS makes every batch take longer.
+"""
+
+import hashlib
+import json
+import os
+import time
+
+import jax
+
+jax.config.update("jax_disable_most_optimizations", True)
+
+from deco_jax import cli
+from deco_jax.parallel import mesh as meshes
+
+place_batch = meshes.place_batch
+
+
+def record_and_place(tree, mesh, rows, batch_size):
+    """`meshes.place_batch`, recorded."""
+    batch, _ = tree
+    hashes = {}
+    for row, image, label in zip(rows.tolist(), batch["image"], batch["label"], strict=True):
+        hashes[row] = hashlib.sha256(image.tobytes() + label.tobytes()).hexdigest()[:16]
+    with open(f"{os.environ['DECO_TEST_RECORD']}.{jax.process_index()}", "a") as file:
+        file.write(json.dumps(hashes) + "\n")
+    time.sleep(float(os.environ.get("DECO_TEST_SECONDS", 0)))
+    return place_batch(tree, mesh, rows, batch_size)
+
+
+meshes.place_batch = record_and_place
+cli.main()

@@ -1,0 +1,75 @@
+"""Every preset computes what one device computes; the step compiles once; draws differ wherever they should."""
+
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deco_jax.diffusion.flow import draw
+from deco_jax.parallel import mesh as meshes
+from deco_jax.training import step as step_module
+from deco_jax.training.start import abstract_state
+from deco_jax.training.step import jit_step, make_trainer
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
+import equivalence
+
+pytestmark = pytest.mark.usefixtures("quick_compile", "split_everything")
+
+
+@pytest.fixture(scope="module")
+def split_everything():
+    """Also parameters of a tiny network."""
+    small, meshes.SMALL = meshes.SMALL, 0
+    yield
+    meshes.SMALL = small
+
+
+@pytest.fixture(scope="module")
+def reference(quick_compile, split_everything):
+    return equivalence.compute({}, jax.devices()[:1])[:2]
+
+
+@pytest.mark.parametrize("name", equivalence.CASES)
+def test_a_preset_changes_nothing(reference, name):
+    *results, state, step, batch, mesh = equivalence.compute(equivalence.CASES[name], jax.devices())
+    measured = equivalence.errors(reference, results)
+    assert max(measured.values()) <= 1e-5, measured
+    if "fsdp" in name:
+        kernel = state.params["network"]["transformer"]["layers"]["block"]["mlp"]["up"]["kernel"]
+        assert kernel.sharding.shard_shape(kernel.shape)[1] == kernel.shape[1] // mesh.shape["fsdp"]
+    for tree in (state.ema, state.opt_state[0].mu["network"], state.opt_state[0].nu["network"]):
+        for a, b in zip(jax.tree.leaves(state.params["network"]), jax.tree.leaves(tree), strict=True):
+            assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+    with meshes.use_mesh(mesh), jax.no_tracing():
+        step(state, batch, {})  # another call of the same program: what came out goes in again as it is
+
+
+def test_draws_differ_across_examples_devices_and_accumulation_steps(tiny_config, monkeypatch):
+    """Guards against drawing with one key on every device, or for every part of the batch."""
+    seen = []
+
+    def spy(keys, *args):
+        draws = draw(keys, *args)
+        jax.debug.callback(lambda t, noise, drop: seen.append(jax.device_get((t, noise, drop))), *draws)
+        return draws
+
+    monkeypatch.setattr(step_module, "draw", spy)
+    tiny_config.optimizer.accumulation = 2
+    tiny_config.flow.null_probability = 0.5
+    trainer, mesh = make_trainer(tiny_config), meshes.make_mesh(tiny_config.mesh)
+    abstract = abstract_state(trainer, mesh)
+    batch = {"image": np.zeros((16, 28, 28, 3), np.uint8), "label": np.zeros(16, np.int32)}
+    with meshes.use_mesh(mesh):
+        placed = meshes.place_batch(batch, mesh, np.arange(16), 16)
+        state, *_ = jit_step(trainer, abstract, mesh)(equivalence.any_state(abstract), placed, {})
+        jax.block_until_ready(state)
+        jax.effects_barrier()
+    examples = {(t, n.tobytes(), bool(d)) for ts, ns, ds in seen for t, n, d in zip(ts, ns, ds, strict=True)}
+    assert len(examples) == 16, "2 accumulation steps of 8 devices with an example each"
+    assert len({t for t, _, _ in examples}) == len({n for _, n, _ in examples}) == 16
+    assert {d for _, _, d in examples} == {False, True}
+    assert jnp.isfinite(jnp.array([t for t, _, _ in examples])).all()
