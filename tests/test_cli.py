@@ -110,6 +110,18 @@ def test_a_killed_run_resumes_exactly(interrupted, tmp_path, workers):
     assert len(common) >= 8 and all(losses[0][k] == losses[1][k] for k in common)
 
 
+def test_the_second_start_of_a_run_compiles_no_step_again(tmp_path):
+    env = {name: value for name, value in ENV.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    env["JAX_LOG_COMPILES"] = "1"
+    stored = []
+    for steps in (2, 4):
+        done = deco("train", *TINY, f"--workdir={tmp_path}", f"--config.train.steps={steps}", env=env)
+        assert done.returncode == 0, done.stderr
+        stored.append(sorted(p.name for p in (tmp_path / "compilation_cache").glob("jit_step-*-cache")))
+        assert ("compilation cache hit for 'jit_step'" in done.stderr) == (steps == 4), done.stderr
+    assert stored[0] == stored[1] and len(stored[0]) == 1
+
+
 @pytest.mark.parametrize("when, number", [("Network: ", signal.SIGINT), ("step 3/", signal.SIGTERM)])
 def test_signals_to_the_whole_process_group(interrupted, tmp_path, when, number):
     """What a terminal (Ctrl-C) and a scheduler do: data workers get the signal too, perhaps while they start."""

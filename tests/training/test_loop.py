@@ -40,7 +40,7 @@ def logged(workdir):
 def straight(tmp_path_factory, new_tiny_config):
     """A workdir with six steps run without interruption; no test changes it."""
     workdir, config = tmp_path_factory.mktemp("straight"), new_tiny_config()
-    config.train.update(log_every=1, save_every=3, sample_every=3)
+    config.train.update(log_every=1, save_every=3, sample_every=3, profile_at=1)
     train(config, str(workdir))
     return workdir
 
@@ -63,6 +63,7 @@ def test_what_a_run_leaves_behind(straight):
     assert names | {"step_seconds", "data_wait_seconds", "skipped"} <= second.keys()
     assert all(math.isfinite(value) for value in second.values())
     assert list((straight / "tensorboard").glob("events.out.tfevents.*"))
+    assert list((straight / "profile").rglob("*.xplane.pb"))
     grids = sorted(p.name for p in (straight / "samples").iterdir())
     assert grids == ["step_00000003.png", "step_00000006.png"]
     assert Image.open(straight / "samples" / grids[0]).size == (8 * 28 + 7, 28)

@@ -31,4 +31,5 @@ def record_and_place(tree, mesh, rows, batch_size):
 
 
 meshes.place_batch = record_and_place
+meshes.SMALL = 0  # split whatever divides, also in a tiny network
 cli.main()
