@@ -168,6 +168,11 @@ def fetch(x: Array, mesh: Mesh) -> np.ndarray:
     return np.asarray(jax.jit(lambda x: x, out_shardings=replicated(mesh))(x))
 
 
+def is_boxed(leaf: Any) -> bool:
+    """Whether it is a parameter with its logical axis names."""
+    return isinstance(leaf, nn.LogicallyPartitioned)
+
+
 def state_shardings(boxed: Any, mesh: Mesh) -> Any:
     """Shardings of a tree whose parameters are boxed with logical axis names (`jax.eval_shape` of an init).
 
@@ -175,7 +180,7 @@ def state_shardings(boxed: Any, mesh: Mesh) -> Any:
     """
 
     def sharding(leaf: Any) -> NamedSharding:
-        if not isinstance(leaf, nn.LogicallyPartitioned) or math.prod(leaf.value.shape) < SMALL:
+        if not is_boxed(leaf) or math.prod(leaf.value.shape) < SMALL:
             return replicated(mesh)
         spec = nn.logical_to_mesh_axes(leaf.names, RULES)
         parts = []
@@ -185,4 +190,4 @@ def state_shardings(boxed: Any, mesh: Mesh) -> Any:
             parts.append(axes if axes and size % split == 0 else None)
         return NamedSharding(mesh, PartitionSpec(*parts))
 
-    return jax.tree.map(sharding, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    return jax.tree.map(sharding, boxed, is_leaf=is_boxed)

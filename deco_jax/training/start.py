@@ -57,23 +57,19 @@ def parameter_table(trainer: Trainer, mesh: Mesh) -> str:
     """A line for each parameter: name, shape, logical axes, mesh axes it is split over, bytes a device (fp32)."""
     boxed = _boxed_state(trainer, mesh).params
     rows, total = [("parameter", "shape", "logical axes", "split over", "bytes a device")], 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(
-        boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
-    ):
-        sharding = meshes.state_shardings(leaf, mesh)
-        size = 4 * math.prod(sharding.shard_shape(leaf.value.shape))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=meshes.is_boxed):
+        sharding, shape = meshes.state_shardings(leaf, mesh), leaf.value.shape
+        size = 4 * math.prod(sharding.shard_shape(shape))
         total += size
-        names = jax.tree_util.keystr(path, simple=True, separator="/")
-        axes = ", ".join(str(name or "·") for name in leaf.names)
-        split = ", ".join("+".join(part) if part else "·" for part in sharding.spec)
-        rows.append(
-            (names, "×".join(map(str, leaf.value.shape)), axes, split if any(sharding.spec) else "copied", f"{size:,}")
-        )
-    rows.append(("all parameters (EMA and both moments are as large and split alike)", "", "", "", f"{total:,}"))
-    widths = [max(len(row[column]) for row in rows[:-1]) for column in range(4)]
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        axes = ", ".join(axis or "·" for axis in leaf.names)
+        parts = [part if isinstance(part, str) else "+".join(part or "·") for part in sharding.spec]
+        split = ", ".join(parts) if any(sharding.spec) else "copied"
+        rows.append((name, "×".join(map(str, shape)), axes, split, f"{size:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(
-        "  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), f"{row[4]:>14}"])
-        for row in rows
+        [*lines, f"Parameters: {total:,} bytes a device; EMA and both moments are as large and split alike."]
     )
 
 

@@ -11,7 +11,7 @@ from deco_jax.config import default_config
 from deco_jax.errors import UsageError
 from deco_jax.parallel import hardware
 from deco_jax.parallel import mesh as meshes
-from deco_jax.training.start import abstract_state
+from deco_jax.training.start import abstract_state, check_devices, parameter_table
 from deco_jax.training.step import make_trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -21,9 +21,102 @@ def sizes(data=-1, fsdp=1, tensor=1, slices=1):
     return ConfigDict({"slices": slices, "data": data, "fsdp": fsdp, "tensor": tensor})
 
 
+def preset(name, **changes):
+    config = default_config().mesh
+    config.update(preset=name, **changes)
+    return config
+
+
+class Device:
+    """As much of a device as a mesh of several slices looks at."""
+
+    platform, device_kind = "gpu", "imagined"
+
+    def __init__(self, number, slice_index):
+        self.id, self.process_index, self.slice_index = number, slice_index, slice_index
+
+
 def test_one_axis_takes_the_rest():
     assert dict(meshes.make_mesh(sizes(fsdp=4)).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
     assert dict(meshes.make_mesh(sizes(data=1, fsdp=2, tensor=-1)).shape) == {"data": 1, "fsdp": 2, "tensor": 4}
+
+
+@pytest.mark.parametrize(
+    "config, shape",
+    [
+        (preset("data"), (8, 1, 1)),
+        (preset("fsdp"), (1, 8, 1)),
+        (preset("fsdp", data=2), (2, 4, 1)),
+        (preset("fsdp_tensor"), (1, 4, 2)),
+        (preset("fsdp_tensor", tensor=4), (1, 2, 4)),
+        (preset("hybrid"), (1, 8, 1)),
+        (preset("hybrid", slices=2), (2, 4, 1)),
+    ],
+)
+def test_presets_and_what_is_set_beside_them(config, shape):
+    assert tuple(meshes.make_mesh(config).shape.values()) == shape
+
+
+def test_slices_are_kept_together():
+    """FSDP stays within a slice whatever the order of the devices; only the data axis crosses slices."""
+    devices = [Device(number, number % 2) for number in range(8)]
+    mesh = meshes.make_mesh(preset("hybrid"), devices)
+    assert mesh.devices.shape == (2, 4, 1)
+    assert [{d.slice_index for d in row.flat} for row in mesh.devices] == [{0}, {1}]
+    one = meshes.make_mesh(preset("fsdp"), devices)
+    assert [d.slice_index for d in one.devices.flat] == [0] * 4 + [1] * 4
+    with pytest.raises(UsageError, match="mesh.slices=3: the 8 devices here lie in 2 slices"):
+        meshes.make_mesh(preset("hybrid", slices=3), devices)
+    with pytest.raises(UsageError, match=r"slices here have \[4, 3\] devices"):
+        meshes.make_mesh(preset("hybrid"), devices[:7])
+
+
+def test_a_preset_of_ones_own(tmp_path):
+    file = tmp_path / "mine.py"
+    text = "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({sizes})\n"
+    file.write_text(text.format(sizes={"data": 2, "fsdp": -1}))
+    assert tuple(meshes.make_mesh(preset(str(file))).shape.values()) == (2, 4, 1)
+    file.write_text(text.format(sizes={"data": 2, "expert": -1}))
+    with pytest.raises(UsageError, match="names the axis 'expert', which does not exist; there are: slices, data"):
+        meshes.axis_sizes(preset(str(file)))
+    with pytest.raises(UsageError, match="mesh.preset='fdsp' does not exist; there are: data, fsdp, fsdp_tensor, hyb"):
+        meshes.axis_sizes(preset("fdsp"))
+
+
+@pytest.mark.parametrize(
+    "model, mesh, batch, message",
+    [
+        ({}, preset("fsdp"), 12, "data.batch_size=12 is not divisible by 8 devices .* nearest: 8 and 16"),
+        ({"heads": 2}, preset("fsdp_tensor", tensor=4), 16, "mesh.tensor=4 must divide model.heads=2"),
+        ({"width": 24, "heads": 2}, preset("fsdp", fsdp=8), 16, None),
+        ({"width": 12, "heads": 1}, preset("fsdp"), 16, "mesh.fsdp=8 does not divide model.width=12.* mesh.fsdp=4"),
+    ],
+)
+def test_runs_that_do_not_fit_the_devices_are_named(tiny_config, model, mesh, batch, message):
+    tiny_config.model.update(model)
+    tiny_config.data.batch_size = batch
+    made = meshes.make_mesh(mesh)
+    if message is None:
+        check_devices(tiny_config, made)
+    else:
+        with pytest.raises(UsageError, match=message):
+            check_devices(tiny_config, made)
+
+
+def test_the_table_says_what_lies_on_a_device():
+    config = default_config()
+    table = parameter_table(make_trainer(config), meshes.make_mesh(preset("fsdp_tensor")))
+    (line,) = (line.split("  ") for line in table.splitlines() if "attention/qkv/kernel" in line)
+    cells = [cell.strip() for cell in line if cell.strip()]
+    assert cells == [
+        "network/transformer/layers/block/attention/qkv/kernel",
+        "22×1024×3×16×64",
+        "layers, width, ·, heads, head_dim",
+        "·, fsdp, ·, tensor, ·",
+        f"{22 * 1024 * 3 * 1024 * 4 // 8:,}",
+    ]
+    total = int(table.splitlines()[-1].split()[1].replace(",", ""))
+    assert 426_938_019 * 4 / 8 < total < 426_938_019 * 4 / 5  # modulations are split over fsdp only
 
 
 @pytest.mark.parametrize(
