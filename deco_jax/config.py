@@ -48,7 +48,7 @@ def default_config() -> ConfigDict:
     d.split = "train"  # tfds: split
     d.image_size = 256  # pixels along a side, after the crop
     d.batch_size = 256  # global: over all devices and accumulation steps
-    d.workers = 8  # processes that read and decode, on each host; 0 = in the main process
+    d.workers = 8  # processes that read and decode, for each process of the run; 0 = in that process
     d.max_bad_records = 100  # unreadable images that are skipped before the run stops
 
     c.flow = f = ConfigDict()

@@ -99,7 +99,8 @@ def initialize(heartbeat_timeout: int) -> None:
       heartbeat_timeout: seconds of silence after which a process counts as dead and jax ends the others.
 
     Raises:
-      UsageError: the others cannot be found.
+      UsageError: jax does not take what the environment says.
+      BrokenRun: the others did not come; to be tried again.
     """
     tpu_vm = any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
     decision = decide(os.environ, tpu_vm and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu"))
@@ -112,8 +113,10 @@ def initialize(heartbeat_timeout: int) -> None:
             heartbeat_timeout_seconds=heartbeat_timeout,
             shutdown_timeout_seconds=heartbeat_timeout,
         )
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UsageError(f"the processes of this run ({decision.text}) did not find each other: {error}") from error
+    except ValueError as error:
+        raise UsageError(f"this run ({decision.text}) cannot begin: {error}") from error
+    except (RuntimeError, OSError) as error:
+        raise BrokenRun(f"the processes of this run ({decision.text}) did not find each other: {error}", 75) from error
 
 
 def together(check: Callable[[], T]) -> T:

@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Trains on all hosts of a Cloud TPU. Asks for one (spot, as a queued resource) or takes the one of that name, copies the
+# commit that is checked out here to every host, installs it, mounts the bucket as /mnt/bucket, and runs. A TPU that was
+# preempted is replaced, a crashed run is started again, and both go on from the last checkpoint.
+#   TPU=xl ZONE=europe-west4-a TYPE=v6e-64 BUCKET=my-bucket bash launch/tpu_pod.sh \
+#     --config configs/imagenet256_deco_xl.py --workdir /mnt/bucket/xl --config.mesh.preset=fsdp
+# It must stay running to notice a preemption: start it in tmux on a small VM that is logged in to gcloud. Ctrl-C or SIGTERM
+# saves and ends the run. In the end the TPU is still there, and is still paid for, until
+#   gcloud compute tpus queued-resources delete $TPU --zone=$ZONE --force
+# Environment: PROFILE_AT, COMPILATION_CACHE (see common.sh), and
+#   TPU, ZONE, TYPE, BUCKET   its name, zone and accelerator type; the bucket, with hierarchical namespace (docs/launch.md)
+#   RUNTIME                   version of the TPU VM's image (default: by TYPE)
+#   CAPACITY=--spot           or --reserved, or "" for on demand
+#   RESTARTS=10               crashes in a row before it gives up; a run of an hour begins a new row
+#   REPLACEMENTS=100          TPUs it asks for after the first one
+#   PAUSE=30                  seconds between looks at the TPU's state, and before a restart
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+: "${TPU:?is the name of the TPU}" "${ZONE:?is the zone}" "${TYPE:?is its type, as v6e-64}" "${BUCKET:?is the bucket}"
+case $TYPE in
+  v6e*) runtime=v2-alpha-tpuv6e ;;
+  v5p*) runtime=v2-alpha-tpuv5 ;;
+  v5litepod*) runtime=v2-alpha-tpuv5-lite ;;
+  *) runtime=tpu-ubuntu2204-base ;;
+esac
+pause=${PAUSE:-30}
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+source launch/common.sh
+
+queued() { gcloud compute tpus queued-resources "$1" "$TPU" --zone="$ZONE" "${@:2}"; }
+node() { gcloud compute tpus tpu-vm "$1" "$TPU" --zone="$ZONE" "${@:2}"; }
+on_all_hosts() { node ssh --worker=all --command="$1"; }
+
+# state queued|node: NONE if there is none, UNKNOWN if gcloud cannot say, which is no reason to delete or create anything.
+state() {
+  local format='value(state)'
+  if [[ $1 == queued ]]; then format='value(state.state)'; fi
+  if ! "$1" describe --format="$format" 2>"$scratch/error"; then
+    if grep -q NOT_FOUND "$scratch/error"; then echo NONE; else echo UNKNOWN; fi
+  fi
+}
+ready() { [[ $(state queued) == ACTIVE && $(state node) == READY ]]; }
+lost() { [[ $(state queued) =~ ^(NONE|SUSPENDING|SUSPENDED|DELETING|FAILED)$ || $(state node) =~ ^(NONE|PREEMPTED|TERMINATED)$ ]]; }
+
+asked=0
+get_tpu() { # returns when there is one; it may wait in the queue for days
+  local request
+  until ready; do
+    request=$(state queued)
+    echo "tpu_pod.sh: the request for $TPU is $request."
+    if [[ $request == NONE ]]; then
+      if ((asked > ${REPLACEMENTS:-100})); then
+        echo "tpu_pod.sh: has asked for $asked TPUs; giving up." >&2
+        exit 1
+      fi
+      asked=$((asked + 1))
+      # shellcheck disable=SC2086 # CAPACITY may be empty
+      queued create --node-id="$TPU" --accelerator-type="$TYPE" --runtime-version="${RUNTIME:-$runtime}" ${CAPACITY---spot}
+    elif [[ $request =~ ^(ACTIVE|SUSPENDED|FAILED)$ ]] && lost; then
+      queued delete --force --quiet
+    fi
+    sleep "$pause"
+  done
+}
+
+# Once on every host; again, it changes nothing. What an earlier call has left running is ended first: it holds the chips.
+# Cached answers of the bucket would hide from a host what another one has just written.
+read -r -d '' prepare <<EOF || true
+set -e
+if pkill -TERM -x deco; then timeout 300 bash -c 'while pgrep -x deco; do sleep 1; done' >/dev/null || pkill -KILL -x deco; fi
+mkdir -p deco_jax && tar -xzf deco_jax.tar.gz -C deco_jax && cd deco_jax
+PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv # the image's Python is too old, or not ours to fill
+~/.local/bin/uv python install --quiet 3.12
+PYTHON=\$(~/.local/bin/uv python find 3.12) bash -c 'source launch/venv.sh && make_venv ".[tpu]"'
+if ! command -v gcsfuse >/dev/null; then
+  curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/gcsfuse.asc >/dev/null
+  source=https://packages.cloud.google.com/apt
+  echo "deb [signed-by=/usr/share/keyrings/gcsfuse.asc] \$source gcsfuse-\$(lsb_release -cs) main" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+  sudo apt-get update -qq && sudo apt-get install -y -qq gcsfuse
+fi
+sudo mkdir -p /mnt/bucket && sudo chown "\$USER" /mnt/bucket
+mountpoint -q /mnt/bucket ||
+  gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 "$BUCKET" /mnt/bucket
+EOF
+
+start="cd deco_jax && env"
+for name in PROFILE_AT COMPILATION_CACHE LIBTPU_INIT_ARGS; do
+  if [[ -v $name ]]; then start+=" $(printf '%q' "$name=${!name}")"; fi
+done
+start+=" bash launch/host.sh tpu$(printf ' %q' "$@")"
+
+git archive --format=tar.gz --output="$scratch/deco_jax.tar.gz" HEAD
+prepare_hosts() {
+  gcloud compute tpus tpu-vm scp "$scratch/deco_jax.tar.gz" "$TPU:" --zone="$ZONE" --worker=all && on_all_hosts "$prepare"
+}
+pass_on() { on_all_hosts 'pkill -TERM -x deco' || true; } # the run then saves and ends by itself
+
+crashes=0
+while :; do
+  get_tpu
+  started=$SECONDS code=0
+  if prepare_hosts; then run on_all_hosts "$start" || code=$?; else code=1; fi
+  if [[ -n ${stopped:-} || $code == 0 || $code == 2 ]]; then exit "$code"; fi
+  if lost; then
+    echo "tpu_pod.sh: $TPU was preempted; another one goes on from the last checkpoint." >&2
+    continue
+  fi
+  if ((SECONDS - started > 3600)); then crashes=0; fi
+  crashes=$((crashes + 1))
+  if ((crashes > ${RESTARTS:-10})); then
+    echo "tpu_pod.sh: exit code $code, crash $crashes in a row; giving up." >&2
+    exit "$code"
+  fi
+  echo "tpu_pod.sh: exit code $code; starts again from the last checkpoint in $pause s." >&2
+  sleep "$pause"
+done
