@@ -81,7 +81,7 @@ def default_config() -> ConfigDict:
     e.warmup = False  # start with smaller decays: min(decay, (1 + n)/(10 + n))
 
     c.mesh = x = ConfigDict()
-    x.preset = "data"  # configs/mesh/<preset>.py (data, fsdp, fsdp_tensor, hybrid) or a file: sizes for axes of 0
+    x.preset = "data"  # data, fsdp, fsdp_tensor, hybrid (deco_jax/parallel/presets) or a file: sizes for axes of 0
     x.slices = 0  # groups of devices behind a slower network, over which the batch is split; −1 = all there are
     x.data = 0  # devices of a group over which the batch is split and parameters are copied; −1 = the rest
     x.fsdp = 0  # devices of a group over which the batch and the parameters are split; −1 = the rest

@@ -2,11 +2,12 @@
 # The test suite, in the same .venv as the quickstart. Arguments go to pytest.
 #   bash launch/test.sh                  all, in about 6 minutes on two cores
 #   bash launch/test.sh tests/models     one folder
+#   EXTRAS=test,tpu bash launch/test.sh  also what compiles for TPUs; the extra `tpu` brings their compiler
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source launch/venv.sh
-make_venv ".[test]"
+make_venv ".[${EXTRAS:-test}]"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 exec .venv/bin/python -m pytest "$@"

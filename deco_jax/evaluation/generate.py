@@ -11,6 +11,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from deco_jax.config import default_config
 from deco_jax.diffusion.flow import to_uint8
 from deco_jax.diffusion.samplers import SETTINGS, check_sampling
 from deco_jax.errors import UsageError
@@ -45,7 +46,7 @@ def generate(
       batch_size: images at a time, rounded up to a multiple of the devices.
       **settings: of `deco_jax.sample`: steps, guidance, guidance_interval, shift, solver.
     """
-    mesh = meshes.make_mesh(ConfigDict({"slices": 1, "data": -1, "fsdp": 1, "tensor": 1}), jax.local_devices())
+    mesh = meshes.make_mesh(default_config().mesh, jax.local_devices())
     params = jax.device_put(params, meshes.replicated(mesh))
     batch_size = -(-min(batch_size, len(labels)) // mesh.size) * mesh.size
     key = jax.random.key(seed)

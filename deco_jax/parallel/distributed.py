@@ -1,8 +1,10 @@
 """Several processes as one run: who they are, what they agree on, and how one that is lost ends the others."""
 
 import dataclasses
+import importlib.util
 import os
 import pathlib
+import re
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -15,9 +17,11 @@ from deco_jax.errors import AgreedError, BrokenRun, UsageError
 
 T = TypeVar("T")
 COORDINATOR = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+GOOGLE = "0x1ae0"  # as a maker of PCI devices
 MESSAGE_BYTES = 1024  # of what one process tells the others
-# In the messages of collectives, and of jax's coordination service, when a process is gone.
-SIGNS_OF_LOSS = ("gloo", "nccl", "coordination", "heartbeat", "connection", "socket closed", "unavailable", "barrier")
+# In messages, when a process is gone: of collectives and jax's coordination service; and, from jax only, of transport.
+SIGNS_OF_LOSS = ("gloo", "nccl", "coordination", "heartbeat")
+SIGNS_FROM_JAX = ("connection", "socket closed", "unavailable", "barrier", "process 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +84,27 @@ def _explicit(env: Mapping[str, str]) -> Decision:
 def _slurm_gpus(env: Mapping[str, str]) -> list[int] | None:
     """Which of the GPUs that this task sees it uses. jax alone would take one, also where a node has a single task."""
     visible = [gpu for gpu in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-    tasks = int(env.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0])
+    tasks = _tasks_of_nodes(env.get("SLURM_STEP_TASKS_PER_NODE", "1"))[int(env.get("SLURM_NODEID", 0))]
     if not visible:
         return None
-    if len(visible) < tasks:  # SLURM has already given each task its own
+    given = "SLURM_GPUS_PER_TASK" in env or "SLURM_TRES_PER_TASK" in env or len(visible) < tasks
+    if given:  # each task sees its own only
         return list(range(len(visible)))
     each = len(visible) // tasks
     first = int(env["SLURM_LOCALID"]) * each
     return list(range(first, first + each))
+
+
+def _tasks_of_nodes(text: str) -> list[int]:
+    """SLURM's "4(x2),1" → [4, 4, 1]."""
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, nodes in parts for _ in range(int(nodes or 1))]
+
+
+def _has_tpu() -> bool:
+    """Whether this machine has TPU chips, and the library for them."""
+    vendors = pathlib.Path("/sys/bus/pci/devices").glob("*/vendor")
+    return importlib.util.find_spec("libtpu") is not None and any(v.read_text().strip() == GOOGLE for v in vendors)
 
 
 def initialize(heartbeat_timeout: int) -> None:
@@ -102,8 +119,7 @@ def initialize(heartbeat_timeout: int) -> None:
       UsageError: jax does not take what the environment says.
       BrokenRun: the others did not come; to be tried again.
     """
-    tpu_vm = any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
-    decision = decide(os.environ, tpu_vm and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu"))
+    decision = decide(os.environ, _has_tpu() and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu"))
     print(f"Processes: {decision.text}.", flush=True)
     if decision.arguments is None:
         return
@@ -164,12 +180,17 @@ def _gather(row: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(row, tiled=False))
 
 
-def broken_run(error: Exception) -> BrokenRun:
+def broken_run(error: BaseException) -> BrokenRun:
     """What `error`, raised by this process of several and not agreed on, means for the run."""
     where = f"process {jax.process_index()} on {socket.gethostname()} stops"
     if isinstance(error, UsageError):
         return BrokenRun(f"{where}: {error}", 2)
-    if any(sign in str(error).lower() for sign in SIGNS_OF_LOSS):
+    if isinstance(error, KeyboardInterrupt):
+        return BrokenRun(f"{where}: Ctrl-C, twice", 130)
+    signs = SIGNS_OF_LOSS
+    if isinstance(error, jax.errors.JaxRuntimeError | TimeoutError):
+        signs += SIGNS_FROM_JAX
+    if any(sign in str(error).lower() for sign in signs):
         reason = str(error).strip().splitlines()[0][:300]
         return BrokenRun(f"{where}: another process of this run ended or no longer answers ({reason})", 75)
     return BrokenRun(f"{where}: {type(error).__name__}: {error}", 1)

@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from deco_jax.errors import UsageError
+from deco_jax.parallel import presets
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -38,16 +39,14 @@ def axis_sizes(config: ConfigDict) -> dict[str, int]:
       UsageError: no such preset, it names an unknown axis, or a size is not one.
     """
     names = ("slices", *AXES)
-    sizes = {name: config[name] for name in names}
-    if not all(sizes.values()):
-        preset = _read_preset(config.preset)
-        unknown = sorted(set(preset) - set(names))
-        if unknown:
-            raise UsageError(
-                f"mesh.preset={config.preset} names the axis {unknown[0]!r}, which does not exist; there are: "
-                f"{', '.join(names)}."
-            )
-        sizes = {name: sizes[name] or preset.get(name, 1) for name in names}
+    preset = _read_preset(config.preset)
+    unknown = sorted(set(preset) - set(names))
+    if unknown:
+        raise UsageError(
+            f"mesh.preset={config.preset} names the axis {unknown[0]!r}, which does not exist; there are: "
+            f"{', '.join(names)}."
+        )
+    sizes = {name: config[name] or preset.get(name, 1) for name in names}
     text = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     wrong = [size for size in sizes.values() if not isinstance(size, int) or size == 0 or size < -1]
     if wrong or [sizes[axis] for axis in AXES].count(-1) > 1:
@@ -56,15 +55,16 @@ def axis_sizes(config: ConfigDict) -> dict[str, int]:
 
 
 def _read_preset(name: str) -> dict[str, int]:
-    """The sizes in `configs/mesh/<name>.py`, or in the file of that name."""
-    path = pathlib.Path(name)
-    folder = pathlib.Path(__file__).parents[2] / "configs" / "mesh"
-    if path.suffix != ".py":
-        path = folder / f"{name}.py"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.py")))
+    """The sizes in `presets/<name>.py`, or in the file of that name."""
+    folder = pathlib.Path(presets.__file__).parent
+    path = pathlib.Path(name) if name.endswith(".py") else folder / f"{name}.py"
+    if not path.is_file() or path.stem == "__init__":
+        known = ", ".join(sorted(p.stem for p in folder.glob("[a-z]*.py")))
         raise UsageError(f"mesh.preset={name!r} does not exist; there are: {known}, or a path to a file of yours.")
-    return runpy.run_path(str(path))["get_config"]().to_dict()
+    try:
+        return dict(runpy.run_path(str(path))["get_config"]())
+    except Exception as error:  # the file is a program; whatever it raises is the answer to "why not"
+        raise UsageError(f"mesh.preset={name} has no get_config() that gives sizes: {error!r}") from error
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
@@ -99,8 +99,14 @@ def _lay_out(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _slice_of(device: Any) -> int:
-    """The TPU slice or NVLink domain of a device. Simulated devices have none; there a process stands for one."""
-    return getattr(device, "slice_index", device.process_index if device.platform == "cpu" else 0)
+    """The TPU slice or NVLink domain of a device; where the backend does not say, a process stands for one.
+
+    TPUs of a single slice do not say either.
+    """
+    for name in ("partition_index", "slice_index"):
+        if hasattr(device, name):
+            return getattr(device, name)
+    return 0 if device.platform == "tpu" else device.process_index
 
 
 def _slices(devices: list[Any], wanted: int) -> list[list[Any]]:
@@ -161,6 +167,32 @@ def place_batch(batch: Any, mesh: Mesh, rows: np.ndarray, batch_size: int) -> An
         return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, shard)
 
     return jax.tree.map(place, batch)
+
+
+def place_notes(stop: bool, bad_R: np.ndarray, mesh: Mesh, rows: np.ndarray, batch_size: int) -> Array:
+    """What this process tells the others: (devices, 1 + batch a device) int32, a row for each device.
+
+    A row holds whether the process was asked to stop, and the bad records among the device's rows of the batch. It
+    has its own row for every device: copies of one row on the tensor axis could differ, where that crosses processes.
+
+    Args:
+      stop: whether it was.
+      bad_R: of each of `rows`, the number of its record if that cannot be read, else −1.
+      mesh, rows, batch_size: see `place_batch`.
+    """
+    size, tensor = batch_size // batch_devices(mesh), mesh.shape["tensor"]
+
+    def row(index: tuple[slice, ...]) -> np.ndarray:
+        device = index[0].indices(mesh.size)[0]
+        first = np.searchsorted(rows, device // tensor * size)
+        return np.concatenate([[stop], bad_R[first : first + size]])[None].astype(np.int32)
+
+    return jax.make_array_from_callback((mesh.size, 1 + size), notes_sharding(mesh), row)
+
+
+def notes_sharding(mesh: Mesh) -> NamedSharding:
+    """A row on every device."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def fetch(x: Array, mesh: Mesh) -> np.ndarray:

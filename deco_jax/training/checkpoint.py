@@ -30,6 +30,7 @@ from deco_jax.parallel import distributed
 
 FOLDER = "checkpoints"
 ITEMS = ("state", "data", "meta")
+TOKEN = ".first_process"
 SHARED_FOLDER_DELAY = 60  # seconds until a host surely sees what another has written to a network folder
 # What may differ between a checkpoint and the run that resumes it; everything else may not.
 FREE_FIELDS = (
@@ -49,6 +50,8 @@ FREE_FIELDS = (
 def claim(workdir: pathlib.Path) -> Iterator[None]:
     """Within it, this run alone uses `workdir`; remains of a save that was cut off are set aside first.
 
+    As far as the folder's locks reach: on gcsfuse that is one host.
+
     Raises:
       UsageError: another run holds it, or it is not the same folder on every process.
     """
@@ -58,21 +61,21 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
         if jax.process_index() > 0:
             return None
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("a+")
+        lock = (workdir / ".lock").open("a")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UsageError(f"--workdir={workdir} is in use by another process.") from error
+        except OSError as error:  # Lustre without -o flock, NFS without a lock daemon
+            logging.warning("%s cannot be locked (%s): see to it yourself that one run uses it.", workdir, error)
         if jax.process_count() > 1:
-            lock.truncate(0)
-            lock.write(token)
-            lock.flush()
+            (workdir / TOKEN).write_text(token)  # a file of its own: network folders show what is closed
         _set_aside_incomplete(workdir / FOLDER)
         return lock
 
     def look() -> None:
         end = time.monotonic() + SHARED_FOLDER_DELAY
-        while jax.process_index() > 0 and not _holds(workdir / ".lock", token):
+        while jax.process_index() > 0 and not _holds(workdir / TOKEN, token):
             if time.monotonic() > end:
                 raise UsageError(f"--workdir={workdir} is not the folder that process 0 writes to; it must be shared.")
             time.sleep(0.5)
@@ -109,6 +112,21 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""
         return self.manager.latest_step()
+
+    def agree_on_latest(self) -> int | None:
+        """`latest` as process 0 sees it; the others wait until they see that one too.
+
+        Raises:
+          TimeoutError: they do not.
+        """
+        first = distributed.from_first(str(self.latest()))
+        end = time.monotonic() + SHARED_FOLDER_DELAY
+        while str(self.latest()) != first:
+            if time.monotonic() > end:
+                raise TimeoutError(f"{self.folder}: process 0 sees checkpoint {first}, this one {self.latest()}")
+            time.sleep(0.5)
+            self.manager.reload()
+        return self.latest()
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Starts writing; returns once the arrays are copied from the devices."""

@@ -26,7 +26,7 @@ from deco_jax.sampling import image_noise, sample
 from deco_jax.training import checkpoint
 from deco_jax.training.metrics import Clock, Goodput, Progress, Writers
 from deco_jax.training.preemption import StopRequest, stop_request
-from deco_jax.training.start import abstract_state, check_devices, first_state, parameter_table
+from deco_jax.training.start import abstract_state, check_devices, find_weights, first_state, parameter_table
 from deco_jax.training.state import TrainState
 from deco_jax.training.step import Trainer, jit_step, make_trainer
 
@@ -48,19 +48,23 @@ def train(config: ConfigDict, workdir: str) -> None:
         unreadable records; or the loss was not finite for too many steps in a row.
     """
     folder = pathlib.Path(workdir).expanduser()
-    if "://" in workdir or (folder.exists() and not folder.is_dir()):
-        raise UsageError(f"--workdir={workdir} is no folder. A bucket must be mounted (with gcsfuse, say).")
+    distributed.together(lambda: _check_workdir(workdir, folder))
     _use_compilation_cache(config, folder)
     with stop_request() as stop, contextlib.ExitStack() as closing:
         try:
             _train(config, folder, stop, closing)
         except AgreedError:
             raise
-        except Exception as error:
+        except BaseException as error:
             if jax.process_count() == 1:
                 raise
             closing.pop_all()  # most of it would wait for processes that do not come
             raise distributed.broken_run(error) from error
+
+
+def _check_workdir(workdir: str, folder: pathlib.Path) -> None:
+    if "://" in workdir or (folder.exists() and not folder.is_dir()):
+        raise UsageError(f"--workdir={workdir} is no folder. A bucket must be mounted (with gcsfuse, say).")
 
 
 def _use_compilation_cache(config: ConfigDict, folder: pathlib.Path) -> None:
@@ -82,25 +86,26 @@ def _train(config: ConfigDict, folder: pathlib.Path, stop: StopRequest, closing:
         closing.enter_context(checkpoint.claim(folder))
         checkpoints = checkpoint.Checkpoints(folder, config.train.keep, config.train.keep_every)
         closing.callback(checkpoints.close)
-        latest = checkpoints.latest()
-        distributed.check_same("the newest checkpoint", str(latest))
+        latest = checkpoints.agree_on_latest()
         if latest is None:
-            state, step = distributed.together(lambda: first_state(trainer, abstract, mesh)), 0
+            source_of_weights = distributed.together(lambda: find_weights(config))
+            state, step = first_state(trainer, abstract, mesh, source_of_weights), 0
         else:
             distributed.together(lambda: checkpoint.check_resumable(checkpoints.meta(latest), meta, folder))
             if latest >= config.train.steps:
-                print(f"{folder} is done: step {latest} of {config.train.steps}.")
+                if jax.process_index() == 0:
+                    print(f"{folder} is done: step {latest} of {config.train.steps}.")
                 return
             state, step = checkpoints.restore(latest, abstract), checkpoints.position(latest)
     if jax.process_index() == 0:
         (folder / "config.json").write_text(config.to_json_best_effort(indent=2))
         print(_summary(config, trainer, mesh, parameters, latest))
     run = _Run(config, folder, mesh, trainer, source, checkpoints, meta, clock)
-    closing.callback(run.close)
+    closing.push(run.close)
     run.loop(state, abstract, step, stop)
     with clock.phase("checkpoint"):
         checkpoints.wait()
-    if run.told_to_stop(stop):
+    if run.told_to_stop(stop) and run.step < config.train.steps:
         saved = checkpoints.latest()
         what = "nothing was trained" if saved is None else f"step {saved} is saved"
         by = stop.signal.name if stop else "a signal to another process"
@@ -157,7 +162,7 @@ class _Run:
         with meshes.use_mesh(self.mesh), contextlib.closing(host_batches):
             while True:
                 finished, stopping = step >= config.steps, self.told_to_stop(stop)
-                to_sample = config.sample_every and (finished or step % config.sample_every == 0)
+                to_sample = config.sample_every and (finished or (step % config.sample_every == 0 and not stopping))
                 to_save = finished or stopping or step % config.save_every == 0
                 if step > start and (to_sample or to_save):
                     if logged is not None:
@@ -169,11 +174,12 @@ class _Run:
                         with self.clock.phase("checkpoint"):
                             self.checkpoints.save(step, state, self.meta)
                         self.goodput.note(step)
+                        self.writers.flush()
                 if finished or stopping:
                     break
                 with self.clock.phase("data wait"):
                     batch, notes = self.place(next(host_batches), rows, stop)
-                self.profile_five_steps(step, start)
+                self.profile_five_steps(step)
                 if step == start:
                     with self.clock.phase("compile"):
                         state, metrics, notes = train_step(state, batch, notes)
@@ -199,39 +205,42 @@ class _Run:
         """Whether this is the step to stop at, the same one on every process."""
         return bool(stop) if jax.process_count() == 1 else self.told
 
-    def place(self, host_batch: pipeline.Batch, rows: np.ndarray, stop: StopRequest) -> tuple[Any, Any]:
+    def place(self, host_batch: pipeline.Batch, rows: np.ndarray, stop: StopRequest) -> tuple[Any, jax.Array]:
         """This process's rows of a batch, and what it has to tell the others, as global arrays."""
-        notes = {"bad": host_batch.pop("bad"), "stop": np.full(len(rows), bool(stop))}
-        return meshes.place_batch((host_batch, notes), self.mesh, rows, self.config.data.batch_size)
+        size = self.config.data.batch_size
+        notes = meshes.place_notes(bool(stop), host_batch.pop("bad"), self.mesh, rows, size)
+        return meshes.place_batch(host_batch, self.mesh, rows, size), notes
 
-    def listen(self, step: int, metrics: dict[str, jax.Array], notes: dict[str, jax.Array]) -> None:
+    def listen(self, step: int, metrics: dict[str, jax.Array], notes: jax.Array) -> None:
         """Takes note of what came out of `step` and of what the processes said in it; waits for that step.
 
         Raises:
           AgreedError: too many bad steps in a row, or bad records; on every process at the same step.
         """
         skipped_in_a_row, notes = jax.device_get((metrics["skipped_in_a_row"], notes))
-        self.told = self.told or bool(notes["stop"].any())
+        self.told = self.told or bool(notes[:, 0].any())
         try:
-            self.bad.check(notes["bad"])
+            self.bad.check(notes[:, 1:].ravel())
             self.check_finite(step, int(skipped_in_a_row))
         except UsageError as error:
             raise AgreedError(str(error)) from error
 
-    def profile_five_steps(self, step: int, start: int) -> None:
+    def profile_five_steps(self, step: int) -> None:
         """Starts and ends the profile that `train.profile_at` asks for."""
         at = self.config.train.profile_at
-        if at and step == max(at, start):
-            self.profile.enter_context(jax.profiler.trace(str(self.folder / "profile")))
+        if at and step == at:
+            where = self.folder / "profile" / f"process_{jax.process_index()}"  # hosts may have the same name
+            self.profile.enter_context(jax.profiler.trace(str(where)))
         elif step >= at + PROFILED_STEPS:
             self.profile.close()
 
-    def close(self) -> None:
-        """Ends logs and bar, and says where the time went."""
+    def close(self, error_type: type | None, *_: Any) -> None:
+        """Ends logs and bar, and says where the time went; called as the run ends, with the exception's type if any."""
+        ended = error_type is None and self.step >= self.config.train.steps
         self.profile.close()
         self.writers.close()
         self.progress.close()
-        self.progress.say(self.goodput.close(self.step))
+        self.progress.say(self.goodput.close(self.step, ended))
 
     def busy(self) -> float:
         """A clock that stands still while the run samples, saves or compiles."""

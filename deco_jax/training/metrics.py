@@ -7,6 +7,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import tensorboardX
@@ -36,40 +37,38 @@ class Clock:
 class Goodput:
     """Where the time of a run went, over all its starts, and what restarts cost.
 
-    `goodput.jsonl` gets a line at the start of an attempt, with every checkpoint, and at its end. After a restart, what
-    lies between the checkpoint it resumes from and the new start is lost: work done twice, and time not running.
+    `goodput.jsonl` gets a line at the start of an attempt, with every checkpoint, and at its end. Unless the run had
+    finished, what lies between the checkpoint that is resumed and the new start is lost: work that is done twice, and
+    time not running.
     """
 
     def __init__(self, workdir: pathlib.Path, step: int, clock: Clock, active: bool):
         self.clock, self.attempts = clock, 1
         self.before: dict[str, float] = {}  # seconds of earlier attempts, and what was lost between them
-        self.file = None
+        self.path = None
         if not active:
             return
-        path = workdir / "goodput.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        kept = [line for line in lines if line["step"] <= step]
-        if kept and step:
-            last = max(kept, key=lambda line: (line["attempt"], line["time"]))
+        self.path = workdir / "goodput.jsonl"
+        lines = _read_lines(self.path)
+        if lines:
             self.attempts = lines[-1]["attempt"] + 1
-            lost = time.time() - self.clock.total() - last["time"]
-            self.before = _sum(last["seconds"], {"lost to restarts": max(lost, 0.0)})
-        self.file = path.open("a", buffering=1, encoding="utf-8")
+            last = [line for line in lines if line["attempt"] == lines[-1]["attempt"] and line["step"] <= step][-1:]
+            for line in last:
+                lost = 0.0 if line["ended"] else max(time.time() - clock.total() - line["time"], 0.0)
+                self.before = _sum(line["seconds"], {"lost to restarts": lost})
         self.note(step)
 
-    def note(self, step: int) -> None:
-        """Writes down how much time has gone where, up to `step`."""
-        if self.file is not None:
+    def note(self, step: int, ended: bool = False) -> None:
+        """Writes down how much time has gone where, up to `step`; `ended`: the run is finished."""
+        if self.path is not None:
             seconds = _sum(self.before, self.clock.seconds)
-            line = {"attempt": self.attempts, "step": step, "time": time.time(), "seconds": seconds}
-            self.file.write(json.dumps(line) + "\n")
+            line = {"attempt": self.attempts, "step": step, "time": time.time(), "ended": ended, "seconds": seconds}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
-    def close(self, step: int) -> str:
+    def close(self, step: int, ended: bool) -> str:
         """The last line of the file, at the step that was reached, and the same for people."""
-        self.note(step)
-        if self.file is None:
-            return ""
-        self.file.close()
+        self.note(step, ended)
         seconds = _sum(self.before, {"lost to restarts": 0.0}, self.clock.seconds)
         total = sum(seconds.values())
         parts = ", ".join(f"{name} {value:.1f} s" for name, value in sorted(seconds.items(), key=lambda item: -item[1]))
@@ -77,6 +76,15 @@ class Goodput:
             f"Goodput: {seconds.get('step', 0.0) / max(total, 1e-9):.1%} of {total:.1f} s in {self.attempts} start(s) "
             f"went into steps: {parts}."
         )
+
+
+def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Lines that parse; a machine that died may have cut off its last one."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
 
 
 def _sum(*parts: dict[str, float]) -> dict[str, float]:
@@ -111,6 +119,14 @@ class Writers:
         """Shows a grid of samples (uint8) in TensorBoard."""
         if self.tensorboard is not None:
             self.tensorboard.add_image("samples", grid_HxWx3, step, dataformats="HWC")
+            self.tensorboard.flush()
+
+    def flush(self) -> None:
+        """What was written so far outlives this process, also in a mounted bucket, which stores what is closed."""
+        if self.jsonl is not None:
+            name = self.jsonl.name
+            self.jsonl.close()
+            self.jsonl = open(name, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
             self.tensorboard.flush()
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """The state a run starts from: its shapes and shardings, and its first values."""
 
 import math
+import pathlib
 
 import jax
 from flax import linen as nn
@@ -82,17 +83,17 @@ def abstract_state(trainer: Trainer, mesh: Mesh) -> TrainState:
     )
 
 
-def first_state(trainer: Trainer, abstract: TrainState, mesh: Mesh) -> TrainState:
-    """A run's state before its first step: random, or with the weights of `train.init_from`."""
-    make = _initialise(trainer, trainer.config.model.patch_size)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    with meshes.use_mesh(mesh):
-        state = jax.jit(lambda: nn.meta.unbox(make()), out_shardings=shardings)()
-    path = trainer.config.train.init_from
+def find_weights(config: ConfigDict) -> tuple[pathlib.Path, int] | None:
+    """The checkpoint that `train.init_from` names, (its folder, step); None if a run starts from random weights.
+
+    Raises:
+      UsageError: there is none, or it holds another network.
+    """
+    path = config.train.init_from
     if not path:
-        return state
+        return None
     folder, step = checkpoint.find_checkpoint(path)
-    theirs, ours = checkpoint.read_meta(folder, step)["config"]["model"], trainer.config.model.to_dict()
+    theirs, ours = checkpoint.read_meta(folder, step)["config"]["model"], config.model.to_dict()
     different = [
         f"model.{field}: {theirs.get(field)} there, {value} here"
         for field, value in ours.items()
@@ -100,6 +101,19 @@ def first_state(trainer: Trainer, abstract: TrainState, mesh: Mesh) -> TrainStat
     ]
     if different:
         raise UsageError(f"train.init_from={path} holds another network: {'; '.join(different)}.")
+    return folder, step
+
+
+def first_state(
+    trainer: Trainer, abstract: TrainState, mesh: Mesh, weights: tuple[pathlib.Path, int] | None = None
+) -> TrainState:
+    """A run's state before its first step: random, or with the weights that `find_weights` found."""
+    make = _initialise(trainer, trainer.config.model.patch_size)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    with meshes.use_mesh(mesh):
+        state = jax.jit(lambda: nn.meta.unbox(make()), out_shardings=shardings)()
+    if weights is None:
+        return state
     wanted = {"params": {"network": abstract.params["network"]}, "ema": abstract.ema}
-    part = checkpoint.restore_part(folder, step, wanted)
+    part = checkpoint.restore_part(*weights, wanted)
     return state.replace(params={**state.params, **part["params"]}, ema=part["ema"])

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from deco_jax.diffusion.flow import Draws, draw, example_keys, to_float
 from deco_jax.diffusion.objective import Objective
 from deco_jax.models import Projector, build_model
-from deco_jax.parallel.mesh import batch_sharding, replicated
+from deco_jax.parallel.mesh import notes_sharding, replicated
 from deco_jax.training.optimizer import learning_rate, make_optimizer
 from deco_jax.training.state import TrainState
 
@@ -130,19 +130,19 @@ def jit_step(trainer: Trainer, abstract: TrainState, mesh: Mesh) -> Callable[...
       abstract: shapes and shardings of its state (see `abstract_state`); the state is donated.
       mesh: what both lie on.
 
-    Notes are what each process tells the others: arrays (B, …), split like the batch on the way in, whole on every
+    Notes are what each process tells the others (see `place_notes`): a row a device on the way in, whole on every
     process on the way out. Metrics are whole everywhere as well.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     whole = replicated(mesh)
 
-    def step(state: TrainState, batch: dict[str, Array], notes: Any) -> tuple[TrainState, Metrics, Any]:
+    def step(state: TrainState, batch: dict[str, Array], notes: Array) -> tuple[TrainState, Metrics, Array]:
         state, metrics = trainer.step(state, batch)
         # Sent when the step is done, not beside its collectives: simulated devices have too few threads for two at a
         # time and would wait for each other forever. The number is never negative, which the compiler cannot know.
         done = metrics["skipped_in_a_row"] >= 0
-        notes = jax.tree.map(lambda x: jnp.where(done, x, 0), notes)
-        return state, metrics, jax.lax.with_sharding_constraint(notes, batch_sharding(mesh))
+        notes = jnp.where(done, notes, 0)
+        return state, metrics, jax.lax.with_sharding_constraint(notes, notes_sharding(mesh))
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole, whole))
 

@@ -1,5 +1,6 @@
 """Who a process thinks it is, from its environment; what an error means for a run of several processes."""
 
+import jax
 import pytest
 
 from deco_jax.errors import AgreedError, UsageError
@@ -59,6 +60,11 @@ def test_an_incomplete_coordinator_is_named(change, message):
         ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, [1]),  # a task a GPU, all visible
         ({"CUDA_VISIBLE_DEVICES": "5"}, [0]),  # SLURM has given each its own
         ({"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, [2, 3]),
+        (
+            {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_PER_TASK": "4", "SLURM_STEP_TASKS_PER_NODE": "2"},
+            [0, 1, 2, 3],
+        ),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_STEP_TASKS_PER_NODE": "4,2", "SLURM_NODEID": "1"}, [2, 3]),
         ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_STEP_TASKS_PER_NODE": "1(x8)", "SLURM_LOCALID": "0"}, [0, 1, 2, 3]),
     ],
 )
@@ -80,10 +86,13 @@ def test_tpus():
 
 
 def test_an_error_is_the_others_only_if_it_says_so():
-    gone = RuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:43175")
+    gone = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:43175")
     assert distributed.broken_run(gone).code == 75
+    assert distributed.broken_run(ValueError("UNKNOWN: Gloo AllGather failed: Read error")).code == 75
     assert distributed.broken_run(UsageError("data.path=x")).code == 2
     assert distributed.broken_run(ValueError("a bug")).code == 1
+    assert distributed.broken_run(ConnectionResetError("Connection reset by storage")).code == 1
+    assert distributed.broken_run(KeyboardInterrupt()).code == 130
 
 
 def test_what_is_agreed_on_is_told_to_all(monkeypatch):

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def sizes(data=-1, fsdp=1, tensor=1, slices=1):
-    return ConfigDict({"slices": slices, "data": data, "fsdp": fsdp, "tensor": tensor})
+    return ConfigDict({"preset": "data", "slices": slices, "data": data, "fsdp": fsdp, "tensor": tensor})
 
 
 def preset(name, **changes):
@@ -78,6 +78,9 @@ def test_a_preset_of_ones_own(tmp_path):
     assert tuple(meshes.make_mesh(preset(str(file))).shape.values()) == (2, 4, 1)
     file.write_text(text.format(sizes={"data": 2, "expert": -1}))
     with pytest.raises(UsageError, match="names the axis 'expert', which does not exist; there are: slices, data"):
+        meshes.axis_sizes(preset(str(file)))
+    file.write_text("def get_config(:")
+    with pytest.raises(UsageError, match=r"mine.py has no get_config\(\) that gives sizes: SyntaxError"):
         meshes.axis_sizes(preset(str(file)))
     with pytest.raises(UsageError, match="mesh.preset='fdsp' does not exist; there are: data, fsdp, fsdp_tensor, hyb"):
         meshes.axis_sizes(preset("fdsp"))
@@ -155,6 +158,16 @@ def test_placed_batches_are_split_and_fetched_whole():
     placed = meshes.place_batch({"x": x}, mesh, meshes.host_rows(mesh, 16), 16)["x"]
     assert {s.data.shape for s in placed.addressable_shards} == {(2, 2)}
     np.testing.assert_array_equal(meshes.fetch(placed + jnp.int32(1), mesh), x + 1)
+
+
+def test_notes_of_a_process_reach_all_whatever_the_mesh():
+    """A row a device, so that copies on the tensor axis, which may lie in different processes, cannot disagree."""
+    mesh = meshes.make_mesh(sizes(data=2, fsdp=2, tensor=2))
+    bad = np.array([-1, 7, -1, -1, 5, -1, -1, -1])
+    notes = meshes.place_notes(True, bad, mesh, np.arange(8), 8)
+    assert {shard.data.shape for shard in notes.addressable_shards} == {(1, 3)}
+    np.testing.assert_array_equal(notes[:, 0], np.ones(8))
+    np.testing.assert_array_equal(notes[:, 1:], np.repeat(bad.reshape(4, 2), 2, axis=0))
 
 
 @pytest.mark.parametrize(

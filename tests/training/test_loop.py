@@ -63,7 +63,7 @@ def test_what_a_run_leaves_behind(straight):
     assert names | {"step_seconds", "data_wait_seconds", "skipped"} <= second.keys()
     assert all(math.isfinite(value) for value in second.values())
     assert list((straight / "tensorboard").glob("events.out.tfevents.*"))
-    assert list((straight / "profile").rglob("*.xplane.pb"))
+    assert list((straight / "profile" / "process_0").rglob("*.xplane.pb"))
     grids = sorted(p.name for p in (straight / "samples").iterdir())
     assert grids == ["step_00000003.png", "step_00000006.png"]
     assert Image.open(straight / "samples" / grids[0]).size == (8 * 28 + 7, 28)

@@ -29,7 +29,7 @@ def attempt(tmp_path, now, step, saves, end=None):
         clock.seconds["step"] = seconds
         now.seconds = begin + seconds
         goodput.note(saved)
-    return goodput.close(end) if end else ""
+    return goodput.close(end, ended=True) if end else ""
 
 
 def test_a_killed_start_loses_what_came_after_its_last_checkpoint(tmp_path, now):
@@ -48,13 +48,29 @@ def test_a_checkpoint_that_was_not_finished_is_lost_too(tmp_path, now):
     assert "lost to restarts 9.0 s" in text and "step 5.0 s" in text
 
 
-def test_a_run_that_starts_over_counts_from_its_own_start(tmp_path, now):
+def test_starts_that_die_before_their_first_checkpoint_are_lost_whole(tmp_path, now):
+    for _ in range(2):
+        attempt(tmp_path, now, 0, {})
+        now.seconds += 7.0
+    text = attempt(tmp_path, now, 0, {}, end=5)
+    assert "in 3 start(s)" in text and "lost to restarts 14.0 s" in text
+
+
+def test_time_between_a_finished_run_and_its_extension_is_not_lost(tmp_path, now):
+    attempt(tmp_path, now, 0, {10: 5.0}, end=10)
+    now.seconds += 1e6
+    assert "lost to restarts 0.0 s" in attempt(tmp_path, now, 10, {20: 5.0}, end=20)
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path, now):
     attempt(tmp_path, now, 0, {10: 5.0})
-    assert "in 1 start(s)" in attempt(tmp_path, now, 0, {}, end=5)
+    with (tmp_path / "goodput.jsonl").open("a") as file:
+        file.write('{"attempt": 1, "st')
+    assert "in 2 start(s)" in attempt(tmp_path, now, 10, {}, end=10)
 
 
 def test_only_one_process_writes(tmp_path):
-    assert Goodput(tmp_path, 0, Clock(), active=False).close(3) == ""
+    Goodput(tmp_path, 0, Clock(), active=False).close(3, ended=True)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,7 @@
 """`deco`, but every process writes down which images it places on its devices: DECO_TEST_RECORD names the file.
 
-A line a batch: {row of the global batch: hash of image and label}. DECO_TEST_SECONDS makes every batch take longer.
+A line a batch: {row of the global batch: hash of image and label}. DECO_TEST_SECONDS makes every batch take longer;
+the process of number DECO_TEST_FAILS has a mistake of its own to report at its third.
 """
 
 import hashlib
@@ -13,21 +14,27 @@ import jax
 jax.config.update("jax_disable_most_optimizations", True)
 
 from deco_jax import cli
+from deco_jax.errors import UsageError
 from deco_jax.parallel import mesh as meshes
+from deco_jax.training import checkpoint
 
-place_batch = meshes.place_batch
+place_batch, count = meshes.place_batch, []
+checkpoint.SHARED_FOLDER_DELAY = 3
 
 
-def record_and_place(tree, mesh, rows, batch_size):
+def record_and_place(batch, mesh, rows, batch_size):
     """`meshes.place_batch`, recorded."""
-    batch, _ = tree
     hashes = {}
     for row, image, label in zip(rows.tolist(), batch["image"], batch["label"], strict=True):
         hashes[row] = hashlib.sha256(image.tobytes() + label.tobytes()).hexdigest()[:16]
     with open(f"{os.environ['DECO_TEST_RECORD']}.{jax.process_index()}", "a") as file:
         file.write(json.dumps(hashes) + "\n")
     time.sleep(float(os.environ.get("DECO_TEST_SECONDS", 0)))
-    return place_batch(tree, mesh, rows, batch_size)
+    if os.environ.get("DECO_TEST_FAILS") == str(jax.process_index()):
+        count.append(1)
+        if len(count) == 3:
+            raise UsageError("the data of this host are gone")
+    return place_batch(batch, mesh, rows, batch_size)
 
 
 meshes.place_batch = record_and_place

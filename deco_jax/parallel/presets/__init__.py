@@ -1,0 +1,1 @@
+"""Mesh presets, a file each: `mesh.preset` names one of them."""
