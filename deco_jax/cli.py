@@ -16,6 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _add_train(commands)
     _add_sample(commands)
     _add_plan(commands)
+    _add_convert(commands)
     args, rest = parser.parse_known_args(argv)
     if rest and args.command not in ("train", "plan"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -102,6 +103,31 @@ def _sample(args: argparse.Namespace, _: list[str]) -> None:
         image_size=args.image_size,
         overwrite=args.overwrite,
         **settings,
+    )
+
+
+def _add_convert(commands) -> None:
+    parser = _add_command(commands, "convert", _convert, "Carry weights between this project and PyTorch.")
+    parser.add_argument("source", metavar="SRC", help="workdir, checkpoint, .ckpt, .pt, .pth, .safetensors or folder")
+    parser.add_argument("target", metavar="DST", help="NAME.safetensors, NAME.ckpt, or a folder")
+    parser.add_argument("--format", help="checkpoint, safetensors, ckpt or huggingface (default: by DST's ending)")
+    parser.add_argument("--weights", default="ema", help="ema or online, for formats with one set (default: ema)")
+    parser.add_argument("--train-state", action="store_true", help="also optimiser, step and projector, to train on")
+    parser.add_argument("--without-projector", action="store_true", help="with --train-state: to train without REPA")
+    parser.add_argument("--force", action="store_true", help="replace DST")
+
+
+def _convert(args: argparse.Namespace, _: list[str]) -> None:
+    from deco_jax.porting.convert import convert
+
+    convert(
+        args.source,
+        args.target,
+        kind=args.format,
+        weights=args.weights,
+        train_state=args.train_state,
+        projector=not args.without_projector,
+        force=args.force,
     )
 
 

@@ -3,30 +3,36 @@
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
 from deco_jax.errors import UsageError
 from deco_jax.models import build_model
+from deco_jax.porting.networks import is_weight_file, model_config, open_networks, parameter_shapes, read_network
 from deco_jax.training import checkpoint
 
 
 def load_pretrained(path: str, weights: Literal["ema", "online"] = "ema") -> tuple[nn.Module, Any]:
-    """Opens a workdir of `deco train` (its newest checkpoint) or one checkpoint in it.
+    """Opens a trained network, wherever it comes from; architecture and sizes are in the file.
 
     Args:
-      path: `workdir`, or `workdir/checkpoints/<step>`.
-      weights: the moving average, or the weights that were being trained.
+      path: a workdir of `deco train` (its newest checkpoint), `workdir/checkpoints/<step>`, an upstream Lightning
+        `.ckpt`, a PyTorch state dict (`.pt`, `.pth`), `.safetensors`, an index of several of these, or a Hugging Face
+        folder. Neither torch nor any code in a file is used (docs/security.md).
+      weights: the moving average, or the weights that were being trained; the same where a file has one set.
 
     Returns:
       (model, params): for `model.apply({"params": params}, x, t, labels)` and `deco_jax.sample`.
 
     Raises:
-      UsageError: there is no checkpoint, or no such weights.
+      UsageError: there is nothing to open, no such weights, or tensors are missing, left over or misshapen.
     """
     if weights not in ("ema", "online"):
         raise UsageError(f"weights={weights!r} is not known; allowed: ema, online.")
+    if is_weight_file(path):
+        stored = open_networks(path)
+        model, params = build_model(model_config(stored)), read_network(stored, weights)
+        return model, jax.tree.map(lambda x: jax.device_put(x, may_alias=True), params)
     folder, step = checkpoint.find_checkpoint(path)
     config = ConfigDict(checkpoint.read_meta(folder, step)["config"]["model"])
     config.attention = "default"  # the run's choice may not exist on this machine
@@ -37,8 +43,6 @@ def load_pretrained(path: str, weights: Literal["ema", "online"] = "ema") -> tup
 
 def _wanted(model: nn.Module, weights: str) -> dict[str, Any]:
     """The part of a TrainState to read, as shapes on the first local device."""
-    x, t, labels = jnp.zeros((1, model.patch_size, model.patch_size, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
-    shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), x, t, labels)["params"])
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), shapes)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), parameter_shapes(model))
     return {"ema": shapes} if weights == "ema" else {"params": {"network": shapes}}

@@ -1,11 +1,15 @@
 """Which of the PyTorch system's tensors is which of our parameters: one table, read in both directions.
 
-Left stands the PyTorch name, right the path in our parameter tree. `{i}` is a block of the transformer (ours are
-stacked along a leading axis), `{j}` a block of the pixel decoder. The only transform is the one every linear layer
-needs: PyTorch stores (out, in), we store (in, *features) with `out` split in row-major order.
+Left stands the PyTorch name, right the path in our parameter tree. `{i}` counts the blocks of the transformer and `{t}`
+those of the text refiner, which we stack along a leading axis; `{j}` counts the blocks of the pixel decoder, and
+`{i+j}` goes on counting where `{i}` ends. The only transform is the one every linear layer needs: PyTorch stores
+(out, in), we store (in, *features) with `out` split in row-major order; what PyTorch fuses (qkv, w12) is an axis here.
 """
 
-from collections.abc import Mapping
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,27 +23,37 @@ def _linear(theirs: str, ours: str, bias: bool = True) -> dict[str, str]:
     return table | {f"{theirs}.bias": f"{ours}/bias"} if bias else table
 
 
-_BLOCK = "transformer/layers/block"
-_TRANSFORMER = {
-    **_linear("t_embedder.mlp.0", "time_embedding/in"),
-    **_linear("t_embedder.mlp.2", "time_embedding/out"),
-    "y_embedder.embedding_table.weight": "label_embedding/table",
-    "blocks.{i}.norm1.weight": f"{_BLOCK}/attention_norm/scale",
-    **_linear("blocks.{i}.attn.qkv", f"{_BLOCK}/attention/qkv", bias=False),
-    "blocks.{i}.attn.q_norm.weight": f"{_BLOCK}/attention/query_norm/scale",
-    "blocks.{i}.attn.k_norm.weight": f"{_BLOCK}/attention/key_norm/scale",
-    **_linear("blocks.{i}.attn.proj", f"{_BLOCK}/attention/out"),
-    "blocks.{i}.norm2.weight": f"{_BLOCK}/mlp_norm/scale",
-    **_linear("blocks.{i}.mlp.w1", f"{_BLOCK}/mlp/gate", bias=False),
-    **_linear("blocks.{i}.mlp.w3", f"{_BLOCK}/mlp/up", bias=False),
-    **_linear("blocks.{i}.mlp.w2", f"{_BLOCK}/mlp/down", bias=False),
-    **_linear("blocks.{i}.adaLN_modulation.0", f"{_BLOCK}/modulation"),
-}
+_TIME = {**_linear("t_embedder.mlp.0", "time_embedding/in"), **_linear("t_embedder.mlp.2", "time_embedding/out")}
+_LABEL = {"y_embedder.embedding_table.weight": "label_embedding/table"}
 
-DECO = {
-    **_linear("s_embedder.proj", "patch_embedding"),
-    **_TRANSFORMER,
-    **_linear("x_embedder.embedder.0", "decoder/query"),
+
+def _block(theirs: str, ours: str, into_attention: dict[str, str], mlp: dict[str, str]) -> dict[str, str]:
+    """A transformer block; what differs between blocks is given without the block's own name in front."""
+
+    def inside(table: dict[str, str]) -> dict[str, str]:
+        return {f"{theirs}.{their}": f"{ours}/{our}" for their, our in table.items()}
+
+    return inside(
+        {
+            "norm1.weight": "attention_norm/scale",
+            **into_attention,
+            "attn.q_norm.weight": "attention/query_norm/scale",
+            "attn.k_norm.weight": "attention/key_norm/scale",
+            **_linear("attn.proj", "attention/out"),
+            "norm2.weight": "mlp_norm/scale",
+            **mlp,
+            **_linear("adaLN_modulation.0", "modulation"),
+        }
+    )
+
+
+_QKV = _linear("attn.qkv", "attention/qkv", bias=False)
+_SWIGLU = {f"mlp.{w}.weight": f"mlp/{name}/kernel" for w, name in (("w1", "gate"), ("w3", "up"), ("w2", "down"))}
+_FUSED_SWIGLU = {"mlp.w12.weight": "mlp/in/kernel", "mlp.w3.weight": "mlp/down/kernel"}
+_BLOCKS = _block("blocks.{i}", "transformer/layers/block", _QKV, _SWIGLU)
+_PATCH = _linear("s_embedder.proj", "patch_embedding")
+_QUERY = _linear("x_embedder.embedder.0", "decoder/query")
+_PIXEL_DECODER = {
     **_linear("dec_net.cond_embed", "decoder/condition"),
     **_linear("dec_net.input_proj", "decoder/in"),
     "dec_net.res_blocks.{j}.in_ln.weight": "decoder/block_{j}/norm/scale",
@@ -50,16 +64,96 @@ DECO = {
     **_linear("dec_net.final_layer.linear", "decoder/out"),
 }
 
+# Each in the order of PyTorch's modules, by which its optimisers number the parameters.
+DECO = {**_QUERY, **_PATCH, **_TIME, **_LABEL, **_BLOCKS, **_PIXEL_DECODER}
+
+DECO_TEXT = {
+    "y_pos_embedding": "text_embedding/positions",
+    **_PATCH,
+    **_QUERY,
+    **_TIME,
+    **_linear("y_embedder.proj", "text_embedding/in"),
+    "y_embedder.norm.weight": "text_embedding/norm/scale",
+    **_block(
+        "blocks.{i}",
+        "transformer/layers/block",
+        {"attn.qkv_x.weight": "attention/qkv/kernel", "attn.kv_y.weight": "attention/text_kv/kernel"},
+        _FUSED_SWIGLU,
+    ),
+    **_PIXEL_DECODER,
+    **_block("text_refine_blocks.{t}", "text/layers/block", _QKV, _FUSED_SWIGLU),
+}
+
+BASELINE = {
+    **_linear("x_embedder.proj", "patch_embedding"),
+    **_TIME,
+    **_LABEL,
+    **_linear("final_layer.linear", "out"),
+    **_linear("final_layer.adaLN_modulation.0", "out_modulation"),
+    **_BLOCKS,
+}
+
+PIXNERD = {
+    **_QUERY,
+    **_PATCH,
+    **_TIME,
+    **_LABEL,
+    "final_layer.norm.weight": "decoder/norm/scale",
+    **_linear("final_layer.linear", "decoder/out"),
+    **_BLOCKS,
+    **_linear("blocks.{i+j}.param_generator1.0", "decoder/block_{j}/generator"),
+    "blocks.{i+j}.norm.weight": "decoder/block_{j}/norm/scale",
+}
+
 PROJECTOR = {**_linear("proj.0.0", "in"), **_linear("proj.0.2", "middle"), **_linear("proj.0.4", "out")}
 
 
-def from_torch(table: Mapping[str, str], tensors: Mapping[str, np.ndarray], like: Any) -> Any:
-    """Arranges PyTorch tensors as our parameters.
+def expand(table: Mapping[str, str], counts: Mapping[str, int]) -> Iterator[tuple[str, str, int | None]]:
+    """Every tensor that `table` stands for, in the order of PyTorch's modules.
 
     Args:
-      table: one of the tables above.
-      tensors: PyTorch name → array.
+      table: one of those above.
+      counts: how many blocks "i", "t" and "j" count.
+
+    Yields:
+      (PyTorch name, our path, index on our stacked axis or None).
+    """
+    for letter, entries in itertools.groupby(table.items(), lambda entry: _letter(entry[0])):
+        entries = list(entries)
+        for k in range(counts[letter] if letter else 1):
+            for theirs, path in entries:
+                name = theirs.replace("{i+j}", str(counts.get("i", 0) + k)).replace(f"{{{letter}}}", str(k))
+                yield name, path.replace("{j}", str(k)), k if letter in ("i", "t") else None
+
+
+def _letter(theirs: str) -> str | None:
+    """What a name counts blocks with."""
+    found = re.search(r"\{(?:i\+)?([itj])\}", theirs)
+    return found[1] if found else None
+
+
+def counts_of(table: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """How many blocks our parameters have, from their paths and shapes."""
+    counts = {"i": 0, "t": 0, "j": 0}
+    for theirs, path in table.items():
+        for letter in "it":
+            if f"{{{letter}}}" in theirs and path in shapes:
+                counts[letter] = shapes[path][0]
+        while path.replace("{j}", str(counts["j"])) in shapes and "{j}" in path:
+            counts["j"] += 1
+    return counts
+
+
+def from_torch(
+    table: Mapping[str, str], tensors: Mapping[str, Any], like: Any, watch: Callable[[Iterable], Iterable] = iter
+) -> Any:
+    """Arranges PyTorch tensors as our parameters, fp32.
+
+    Args:
+      table: one of those above.
+      tensors: PyTorch name → array, or a `files.Tensor`, which is read from disk here and then let go.
       like: the parameter tree to fill; only its shapes are read (`jax.eval_shape` of an init will do).
+      watch: wraps the iteration over tensors, for a progress bar.
 
     Returns:
       Nested dicts of numpy arrays shaped as `like`.
@@ -68,54 +162,42 @@ def from_torch(table: Mapping[str, str], tensors: Mapping[str, np.ndarray], like
       UsageError: tensors are missing, left over or misshapen; all of them are listed.
     """
     shapes = {"/".join(path): leaf.shape for path, leaf in flatten_dict(like).items()}
-    ours, problems, unused = {}, [], set(tensors)
-    for theirs, path, layer in _expand(table, shapes):
+    places = list(expand(table, counts_of(table, shapes)))
+    problems = [f"unexpected {name}" for name in sorted(set(tensors) - {theirs for theirs, _, _ in places})]
+    for theirs, path, layer in places:
         shape = shapes[path] if layer is None else shapes[path][1:]
-        unused.discard(theirs)
         if theirs not in tensors:
             problems.append(f"missing {theirs} for {path} {shape}")
-            continue
-        value = np.asarray(tensors[theirs])
-        if value.shape != _torch_shape(path, shape):
-            problems.append(f"{theirs} has shape {value.shape}; {path} needs {_torch_shape(path, shape)}")
-            continue
-        value = (value.T if path.endswith("/kernel") else value).reshape(shape)
-        if layer is None:
-            ours[path] = value
-        else:
-            ours.setdefault(path, [None] * shapes[path][0])[layer] = value
-    problems += [f"unexpected {name}" for name in sorted(unused)]
+        elif tuple(tensors[theirs].shape) != _torch_shape(path, shape):
+            problems.append(f"{theirs} has shape {tensors[theirs].shape}; {path} needs {_torch_shape(path, shape)}")
     if problems:
         raise UsageError("these tensors do not fit the model: " + "; ".join(problems) + ".")
-    return unflatten_dict(
-        {tuple(path.split("/")): np.stack(v) if isinstance(v, list) else v for path, v in ours.items()}
-    )
+    ours = {path: aligned_empty(shapes[path]) for path in dict.fromkeys(path for _, path, _ in places)}
+    for theirs, path, layer in watch(places):
+        target = ours[path] if layer is None else ours[path][layer]
+        value = np.asarray(tensors[theirs])
+        target[...] = (value.T if path.endswith("/kernel") else value).reshape(target.shape)
+    return unflatten_dict({tuple(path.split("/")): value for path, value in ours.items()})
+
+
+def aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
+    """An fp32 array that JAX can take over on a CPU without a copy: it begins at a multiple of 64 bytes."""
+    size = 4 * math.prod(shape)
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(np.float32).reshape(shape)
 
 
 def to_torch(table: Mapping[str, str], params: Any) -> dict[str, np.ndarray]:
     """Inverse of `from_torch`: our parameters under PyTorch's names and shapes."""
     arrays = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
     tensors = {}
-    for theirs, path, layer in _expand(table, {path: array.shape for path, array in arrays.items()}):
+    for theirs, path, layer in expand(table, counts_of(table, {path: array.shape for path, array in arrays.items()})):
         value = arrays[path] if layer is None else arrays[path][layer]
+        shape = _torch_shape(path, value.shape)
         tensors[theirs] = value.reshape(value.shape[0], -1).T if path.endswith("/kernel") else value
-        tensors[theirs] = np.ascontiguousarray(tensors[theirs].reshape(_torch_shape(path, value.shape)))
+        tensors[theirs] = np.ascontiguousarray(tensors[theirs].reshape(shape))
     return tensors
-
-
-def _expand(table: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]):
-    """Yields (PyTorch name, our path, index on the stacked axis or None) for every parameter in `shapes`."""
-    for theirs, path in table.items():
-        if "{i}" in theirs:
-            for i in range(shapes[path][0]):
-                yield theirs.format(i=i), path, i
-        elif "{j}" in theirs:
-            j = 0
-            while path.format(j=j) in shapes:
-                yield theirs.format(j=j), path.format(j=j), None
-                j += 1
-        else:
-            yield theirs, path, None
 
 
 def _torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:

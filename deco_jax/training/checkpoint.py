@@ -207,6 +207,11 @@ def make_meta(config: ConfigDict, fingerprint: str, parameters: int, version: st
 
 def check_resumable(saved: dict[str, Any], now: dict[str, Any], where: pathlib.Path) -> None:
     """Raises UsageError, listing the fields, if a run described by `now` must not continue the one of `saved`."""
+    if saved.get("weights_only"):
+        raise UsageError(
+            f"{where} holds converted weights without an optimiser's state; start another workdir with "
+            f"--config.train.init_from={where}, or convert with --train-state."
+        )
     today = flatten(now["config"])
     # A field that is younger than the checkpoint had, in effect, its default.
     defaults = flatten(json.loads(default_config().to_json_best_effort()))
@@ -217,7 +222,9 @@ def check_resumable(saved: dict[str, Any], now: dict[str, Any], where: pathlib.P
         for field in sorted(today)
         if then[field] != today[field] and (field in schedule or not field.startswith(FREE_FIELDS))
     ]
-    if not changed and saved["fingerprint"] != now["fingerprint"]:
+    if "decisive" in saved:  # converted: what it was trained on, and how, was not in the file
+        changed = [change for change in changed if change.partition(":")[0] in saved["decisive"]]
+    elif not changed and saved["fingerprint"] != now["fingerprint"]:
         changed = [f"data fingerprint: {saved['fingerprint']} there, {now['fingerprint']} here (the records changed)"]
     if changed:
         raise UsageError(

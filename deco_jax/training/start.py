@@ -4,6 +4,7 @@ import math
 import pathlib
 
 import jax
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -12,7 +13,7 @@ from deco_jax.errors import UsageError
 from deco_jax.parallel import mesh as meshes
 from deco_jax.training import checkpoint
 from deco_jax.training.state import TrainState, init_state
-from deco_jax.training.step import Trainer
+from deco_jax.training.step import Trainer, make_trainer
 
 
 def check_devices(config: ConfigDict, mesh: Mesh) -> None:
@@ -81,6 +82,12 @@ def abstract_state(trainer: Trainer, mesh: Mesh) -> TrainState:
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings
     )
+
+
+def abstract_on_host(config: ConfigDict) -> TrainState:
+    """`abstract_state` of a run that has one device, the first here."""
+    mesh = Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1), meshes.AXES)
+    return abstract_state(make_trainer(config), mesh)
 
 
 def find_weights(config: ConfigDict) -> tuple[pathlib.Path, int] | None:

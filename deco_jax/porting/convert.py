@@ -1,0 +1,240 @@
+"""`deco convert`: readable weights to a checkpoint of ours, safetensors, a Lightning `.ckpt`, a Hugging Face folder."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from deco_jax.config import default_config, flatten
+from deco_jax.errors import UsageError
+from deco_jax.models import build_model
+from deco_jax.porting import folder, moments, names, networks
+from deco_jax.porting.infer import ARCHITECTURES
+from deco_jax.training import checkpoint
+from deco_jax.training.start import abstract_on_host
+from deco_jax.training.state import TrainState
+from deco_jax.version import __version__
+
+FORMATS = ("checkpoint", "safetensors", "ckpt", "huggingface")
+
+
+@dataclasses.dataclass
+class Bundle:
+    """What is carried from one format to another, as our parameters in numpy. None: not there, or not asked for."""
+
+    config: ConfigDict  # of the run, as far as the source says
+    ema: Any = None
+    online: Any = None
+    projector: Any = None
+    moments: tuple[int, Any, Any] | None = None  # updates done, first and second moments of {"network", "projector"}
+    step: int = 0
+    origin: str = ""  # path of the source
+    fingerprint: str | None = None  # of the data, if the source is a run of ours
+    decisive: tuple[str, ...] = ()  # fields that training on must not change, if it is not
+
+    def tensors(self, which: str) -> dict[str, np.ndarray]:
+        """The "ema" or "online" weights under PyTorch's names, in the order of PyTorch's modules."""
+        return names.to_torch(ARCHITECTURES[self.config.model.kind][0], self.ema if which == "ema" else self.online)
+
+
+def convert(
+    source: str,
+    target: str,
+    *,
+    kind: str | None = None,
+    weights: str = "ema",
+    train_state: bool = False,
+    projector: bool = True,
+    force: bool = False,
+) -> None:
+    """Writes the network in `source` to `target`; beside it first, under its name when complete.
+
+    Args:
+      source: see `load_pretrained`.
+      target: a file or folder.
+      kind: one of FORMATS; as the target's ending says unless given, a checkpoint for a folder.
+      weights: which of the two a safetensors file or Hugging Face folder gets: ema or online.
+      train_state: carry the optimiser's moments, the step and the projector as well, so that training goes on.
+      projector: with train_state; False leaves it out, for training on without representation alignment.
+      force: replace `target` if it is there.
+
+    Raises:
+      UsageError: the source cannot be read, has not what is asked for, or the target is in the way.
+    """
+    path = pathlib.Path(target).expanduser()
+    kind = kind or {".safetensors": "safetensors", ".ckpt": "ckpt"}.get(path.suffix, "checkpoint")
+    if kind not in FORMATS:
+        raise UsageError(f"--format={kind} is not known; allowed: {', '.join(FORMATS)}.")
+    if weights not in ("ema", "online"):
+        raise UsageError(f"--weights={weights} is not known; allowed: ema, online.")
+    if train_state and kind not in ("checkpoint", "ckpt"):
+        raise UsageError(f"--train-state needs a checkpoint or .ckpt as target; {kind} holds one set of weights.")
+    if path.exists() and not force:
+        raise UsageError(f"{target} exists; choose another name or pass --force to replace it.")
+    given = pathlib.Path(source).expanduser().absolute()
+    if path.absolute() == given or path.absolute() in given.parents:
+        raise UsageError(f"{target} is, or holds, the source itself.")
+    if kind == "ckpt":
+        moments.require_torch()
+    wanted = ("ema", "online") if kind in ("checkpoint", "ckpt") else (weights,)
+    bundle = read(source, wanted, train_state, projector)
+    write = {
+        "checkpoint": _write_checkpoint,
+        "safetensors": functools.partial(folder.write_safetensors, weights=weights),
+        "ckpt": moments.write_ckpt,
+        "huggingface": functools.partial(folder.write_folder, weights=weights),
+    }[kind]
+    with _beside(path) as draft:
+        write(bundle, draft)
+    print(f"{target}: {kind}, {_describe(bundle)}.")
+
+
+def read(source: str, wanted: Iterable[str], train_state: bool, projector: bool) -> Bundle:
+    """Reads a source of any kind; see `convert`."""
+    if networks.is_weight_file(source):
+        return _read_weight_file(source, wanted, train_state, projector)
+    return _read_checkpoint(source, wanted, train_state, projector)
+
+
+def _read_weight_file(source: str, wanted: Iterable[str], train_state: bool, projector: bool) -> Bundle:
+    stored = networks.open_networks(source)
+    config = default_config()
+    if isinstance(stored.file.config.get("training"), dict):  # a folder of ours
+        _apply(config, stored.file.config["training"])
+    config.model = networks.model_config(stored)
+    sizes = (f"model.{field}" for field in stored.sizes)
+    decisive = (*sizes, "loss.alignment_weight", "loss.alignment_features")
+    bundle = Bundle(config, origin=source, step=_step(stored), decisive=decisive)
+    if train_state and not stored.file.rest.get("optimizer_states"):
+        raise UsageError(f"{source} holds no optimiser state; convert it without --train-state.")
+    for which in wanted:
+        shared = "only" in stored.networks and bundle.ema is not None
+        tree = bundle.ema if shared else networks.read_network(stored, which, _bar(f"{which} weights"))
+        setattr(bundle, which, tree)
+    if train_state:
+        tensors = stored.networks.get("projector") if projector else None
+        if tensors:
+            bundle.projector = networks.read_projector(stored, tensors)
+            config.loss.alignment_weight = 0.5
+            config.loss.alignment_features = int(tensors["proj.0.4.weight"].shape[0])
+        moments.read(stored, bundle)
+    return bundle
+
+
+def _step(stored: networks.Stored) -> int:
+    """How long the weights were trained, 0 if the file does not say."""
+    said = stored.file.rest.get("global_step", stored.file.metadata.get("step", 0))
+    return int(said) if str(said).isdigit() else 0
+
+
+def _read_checkpoint(source: str, wanted: Iterable[str], train_state: bool, projector: bool) -> Bundle:
+    where, step = checkpoint.find_checkpoint(source)
+    meta = checkpoint.read_meta(where, step)
+    config = default_config()
+    _apply(config, meta["config"])
+    if train_state and meta.get("weights_only"):
+        raise UsageError(f"{source} holds weights only; convert it without --train-state.")
+    abstract = abstract_on_host(config)
+    asked: dict[str, Any] = {}
+    if "ema" in wanted:
+        asked["ema"] = abstract.ema
+    if "online" in wanted or train_state:
+        asked["params"] = abstract.params if train_state else {"network": abstract.params["network"]}
+    if train_state:
+        asked["opt_state"] = abstract.opt_state
+    part = jax.tree.map(np.asarray, checkpoint.restore_part(where, step, asked))
+    bundle = Bundle(config, origin=source, step=step, ema=part.get("ema"))
+    bundle.fingerprint, bundle.decisive = meta["fingerprint"] or None, tuple(meta.get("decisive", ()))
+    bundle.online = part["params"]["network"] if "params" in part else None
+    if train_state:
+        adam = moments.adam_state(part["opt_state"])
+        keep = ("network", "projector") if projector else ("network",)
+        mu, nu = ({name: tree[name] for name in keep if name in tree} for tree in (adam.mu, adam.nu))
+        bundle.moments = int(adam.count), mu, nu
+        bundle.projector = part["params"].get("projector") if projector else None
+    return bundle
+
+
+def _apply(config: ConfigDict, values: dict[str, Any]) -> None:
+    """Takes over the fields of another configuration that exist here; where devices were is of no concern."""
+    known = flatten(config)
+    for field, value in flatten(values).items():
+        part, _, name = field.rpartition(".")
+        if part and part != "mesh" and field in known:
+            config[part].update({name: value})
+
+
+def _write_checkpoint(bundle: Bundle, path: pathlib.Path) -> None:
+    """A workdir: to start from with train.init_from or, with the optimiser's state, to go on in."""
+    config = bundle.config
+    params = {"network": bundle.online} | ({"projector": bundle.projector} if bundle.projector is not None else {})
+    if bundle.moments is None:
+        state: Any = {"params": params, "ema": bundle.ema}
+    else:
+        if bundle.projector is None:
+            config.loss.alignment_weight = 0.0
+        count, mu, nu = bundle.moments
+        optimizer = moments.fill(abstract_on_host(config).opt_state, count, mu, nu)
+        zero = np.int32(0)
+        state = TrainState(np.int32(bundle.step), params, bundle.ema, optimizer, zero, zero)
+    model = build_model(config.model)
+    parameters = sum(x.size for x in jax.tree.leaves(networks.parameter_shapes(model)))
+    meta = checkpoint.make_meta(config, bundle.fingerprint or "", parameters, __version__)
+    meta |= {"converted_from": bundle.origin, "weights_only": bundle.moments is None}
+    meta |= {"decisive": bundle.decisive} if bundle.fingerprint is None else {}
+    saved = checkpoint.Checkpoints(path, keep=1, keep_every=0)
+    with tqdm(desc="checkpoint", total=1, disable=None) as bar:
+        saved.save(bundle.step, state, meta)
+        saved.close()
+        bar.update()
+    (path / "config.json").write_text(config.to_json_best_effort(indent=2))
+
+
+@contextlib.contextmanager
+def _beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A name beside `path` to write to; what lies there takes its place in the end, or goes if writing fails."""
+    draft, old = (path.with_name(f".{path.name}.{what}.{os.getpid()}") for what in ("new", "old"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield draft
+        if draft.is_file():  # some libraries write files that only their owner may read
+            draft.chmod(0o666 & ~_umask())
+        if path.is_dir():
+            path.rename(old)  # a folder cannot be renamed over another
+        draft.replace(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    finally:
+        for leftover in (draft, old):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _bar(what: str):
+    """Shows how many tensors are read."""
+    return lambda places: tqdm(places, desc=what, unit="tensor", disable=None)
+
+
+def _describe(bundle: Bundle) -> str:
+    model = bundle.config.model
+    tree = bundle.ema if bundle.ema is not None else bundle.online
+    count = sum(x.size for x in jax.tree.leaves(tree))
+    more = "" if bundle.moments is None else f", optimiser state after {bundle.moments[0]} updates"
+    more += "" if bundle.projector is None else ", projector"
+    return f"{model.kind} {model.width}×{model.depth}, {count:,} parameters, step {bundle.step}{more}"

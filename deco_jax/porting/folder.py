@@ -1,0 +1,131 @@
+"""Exported weights: a safetensors file, or a folder as Hugging Face has them, with config.json and a model card."""
+
+import json
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from deco_jax.diffusion.samplers import SETTINGS
+from deco_jax.porting.diffusers_folder import diffusers_files
+from deco_jax.version import __version__
+
+if TYPE_CHECKING:
+    from deco_jax.porting.convert import Bundle
+
+_SIZES = ("kind", "num_classes", "patch_size", "width", "depth", "heads", "decoder_width", "decoder_depth")
+
+
+def write_safetensors(bundle: "Bundle", path: pathlib.Path, weights: str) -> None:
+    """One set of weights under upstream's names; the metadata says which network they make.
+
+    "architecture": its sizes, JSON; "weights": ema or online; "step".
+    """
+    metadata = {
+        "format": "pt",
+        "architecture": json.dumps(architecture(bundle)),
+        "weights": weights,
+        "step": str(bundle.step),
+    }
+    save_file({name: np.ascontiguousarray(x) for name, x in bundle.tensors(weights).items()}, path, metadata)
+
+
+def architecture(bundle: "Bundle") -> dict[str, Any]:
+    """The sizes of the network: fields of `config.model`."""
+    return {field: bundle.config.model[field] for field in _SIZES}
+
+
+def write_folder(bundle: "Bundle", path: pathlib.Path, weights: str) -> None:
+    """config.json, model.safetensors, README.md, and what diffusers needs to sample."""
+    path.mkdir()
+    write_safetensors(bundle, path / "model.safetensors", weights)
+    c = bundle.config
+    config = {
+        **architecture(bundle),
+        "image_size": c.data.image_size,
+        "weights": weights,
+        "step": bundle.step,
+        "deco_jax_version": __version__,
+        "sampling": {name: c.sample[name] for name in SETTINGS},
+        "training": json.loads(c.to_json_best_effort()),
+    }
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (path / "README.md").write_text(model_card(bundle, weights))
+    for name, text in diffusers_files(c.data.image_size).items():
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text(text)
+
+
+def model_card(bundle: "Bundle", weights: str) -> str:
+    """README.md of an exported folder: architecture, training and what was measured, as far as the source says."""
+    c, tree = bundle.config, bundle.ema if weights == "ema" else bundle.online
+    m, count = c.model, sum(x.size for x in jax.tree.leaves(tree))
+    table = [
+        ("architecture", f"{m.kind}, {m.depth} blocks of width {m.width}, {m.heads} heads, patches of {m.patch_size}"),
+        ("pixel decoder", f"{m.decoder_depth} blocks of width {m.decoder_width}"),
+        ("classes", f"{m.num_classes}, and the null class"),
+        ("parameters", f"{count:,}"),
+        ("weights", f"{weights} (fp32), step {bundle.step:,}"),
+    ]
+    run = [
+        ("data", f"{c.data.source} {c.data.name if c.data.source == 'tfds' else ''}".strip()),
+        ("image size", c.data.image_size),
+        ("batch", c.data.batch_size),
+        ("AdamW", f"lr {c.optimizer.lr:g}, betas {c.optimizer.beta1:g} and {c.optimizer.beta2:g}"),
+        ("EMA decay", c.ema.decay),
+        ("frequency loss", f"weight {c.loss.frequency_weight:g}, quality {c.loss.frequency_quality}"),
+        ("alignment loss", f"weight {c.loss.alignment_weight:g}"),
+    ]
+    measured = _last_metrics(bundle.origin)
+    training = (
+        "## Training\n\n" + _table(run)
+        if bundle.fingerprint
+        else ("## Training\n\nConverted from PyTorch weights, which do not say how they were trained.")
+    )
+    metrics = (
+        "## Last logged\n\n" + _table(measured) if measured else "## Metrics\n\nNone are recorded with these weights."
+    )
+    g = c.sample
+    call = f"class_labels=[0], num_inference_steps={g.steps}, guidance_scale={g.guidance}"
+    return f"""---
+library_name: deco_jax
+tags: [pixel-diffusion, class-to-image]
+---
+# DeCo {m.width}×{m.depth}, {c.data.image_size}²
+
+A pixel diffusion network (DeCo, arXiv 2511.19365), exported by deco_jax {__version__}.
+
+{_table(table)}
+
+{training}
+
+{metrics}
+
+## Use
+
+```python
+model, params = deco_jax.load_pretrained("THIS_FOLDER")  # JAX
+model = DeCo.from_safetensors("THIS_FOLDER/model.safetensors")  # PyTorch: transformer/torch_model.py
+# diffusers
+pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", custom_pipeline="THIS_FOLDER", trust_remote_code=True)
+images = pipe({call}).images
+```
+"""
+
+
+def _table(rows: list[tuple[str, Any]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _last_metrics(origin: str) -> list[tuple[str, Any]]:
+    """What the run logged last, if `origin` is a workdir of ours or lies in one."""
+    given = pathlib.Path(origin).expanduser().absolute()
+    for folder in (given, *given.parents[:2]):
+        log = folder / "metrics.jsonl"
+        if log.is_file():
+            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            last = json.loads(lines[-1]) if lines else {}
+            return [(name, f"{value:.5g}") for name, value in last.items() if name != "time" and value is not None]
+    return []

@@ -1,0 +1,134 @@
+"""The state of AdamW, between PyTorch's numbering of parameters and optax's trees; and a `.ckpt` for upstream."""
+
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import optax
+
+from deco_jax.errors import UsageError
+from deco_jax.porting import names, networks
+
+if TYPE_CHECKING:
+    from deco_jax.porting.convert import Bundle
+
+
+def adam_state(opt_state: Any) -> optax.ScaleByAdamState:
+    """The one state of Adam in an optimiser's."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=_is_adam)
+    return next(leaf for leaf in leaves if _is_adam(leaf))
+
+
+def fill(opt_state: Any, count: int, mu: Any, nu: Any) -> Any:
+    """An optimiser's state (shapes will do) with these moments after `count` updates; other counters follow."""
+    count = np.int32(count)
+
+    def replace(leaf: Any) -> Any:
+        if _is_adam(leaf):
+            return optax.ScaleByAdamState(count, mu, nu)
+        if leaf.shape == () and np.issubdtype(leaf.dtype, np.integer):
+            return count  # the learning rate's schedule counts updates as well
+        raise TypeError(f"an optimiser state of shape {leaf.shape} is not known here")
+
+    return jax.tree.map(replace, opt_state, is_leaf=_is_adam)
+
+
+def _is_adam(leaf: Any) -> bool:
+    return isinstance(leaf, optax.ScaleByAdamState)
+
+
+def read(stored: networks.Stored, bundle: "Bundle") -> None:
+    """Puts a Lightning checkpoint's step and AdamW state into `bundle`, and its optimiser's settings into the config.
+
+    PyTorch numbers the parameters: the network's in the order of the file's online tensors, then the projector's.
+
+    Raises:
+      UsageError: the state is not that of AdamW over these parameters.
+    """
+    online, projector = stored.weights("online"), stored.networks.get("projector", {})
+    try:
+        state, groups = (stored.file.rest["optimizer_states"][0][key] for key in ("state", "param_groups"))
+        order = [number for group in groups for number in group["params"]]
+        state = {number: state[number] for number in order}
+        steps = {int(np.asarray(entry["step"])) for entry in state.values()}
+        moments = [[state[number][key] for number in order] for key in ("exp_avg", "exp_avg_sq")]
+        group, bundle.step = groups[0], int(stored.file.rest["global_step"])
+        settings = {key: float(group[key]) for key in ("lr", "eps", "weight_decay")}
+        settings |= {"beta1": float(group["betas"][0]), "beta2": float(group["betas"][1])}
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise UsageError(f"{stored.path}: its optimizer_states are not those of AdamW ({error!r}).") from error
+    if len(order) != len(online) + len(projector) or len(steps) != 1:
+        raise UsageError(
+            f"{stored.path}: its optimiser has {len(order)} parameters after {sorted(steps)} updates; the network and "
+            f"the projector have {len(online)} + {len(projector)}, and all must have seen as many updates."
+        )
+    trees = []
+    like = bundle.online
+    for tensors in moments:
+        tree = {"network": names.from_torch(stored.table, dict(zip(online, tensors, strict=False)), like)}
+        if bundle.projector is not None:
+            rest = dict(zip(projector, tensors[len(online) :], strict=True))
+            tree["projector"] = names.from_torch(names.PROJECTOR, rest, bundle.projector)
+        trees.append(tree)
+    bundle.moments = steps.pop(), *trees
+    bundle.config.optimizer.update(settings)
+
+
+def require_torch() -> None:
+    """Raises UsageError if PyTorch is not installed."""
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise UsageError("writing a .ckpt needs PyTorch: pip install 'deco-jax[torch]'.") from error
+
+
+def write_ckpt(bundle: "Bundle", path: pathlib.Path) -> None:
+    """A checkpoint in the layout of upstream's Lightning module."""
+    import torch
+
+    def tensor(value: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.array(value))
+
+    online, ema = bundle.tensors("online"), bundle.tensors("ema")
+    projector = {} if bundle.projector is None else names.to_torch(names.PROJECTOR, bundle.projector)
+    named = {f"denoiser.{name}": value for name, value in online.items()}
+    named |= {f"ema_denoiser.{name}": value for name, value in ema.items()}
+    named |= {f"diffusion_trainer.{name}": value for name, value in projector.items()}
+    content = {
+        "epoch": 0,
+        "global_step": bundle.step,
+        "pytorch-lightning_version": "2.4.0",
+        "state_dict": {name: tensor(value) for name, value in named.items()},
+        "loops": {},
+        "lr_schedulers": [],
+        "optimizer_states": [],
+    }
+    if bundle.moments is not None:
+        content["optimizer_states"] = [_torch_optimizer(bundle, len(online), len(projector), tensor)]
+    torch.save(content, path)
+
+
+def _torch_optimizer(bundle: "Bundle", network: int, projector: int, tensor: Any) -> dict[str, Any]:
+    """The state of torch.optim.AdamW over two groups: the network's parameters, then the projector's."""
+    import torch
+
+    count, *trees = bundle.moments
+    flat = []
+    for tree in trees:
+        parts = dict(names.to_torch(names.DECO, tree["network"]))
+        if projector:
+            parts |= {f"projector {k}": v for k, v in names.to_torch(names.PROJECTOR, tree["projector"]).items()}
+        flat.append([tensor(value) for value in parts.values()])
+    c = bundle.config.optimizer
+    told = {"lr": c.lr, "betas": (c.beta1, c.beta2), "eps": c.eps, "weight_decay": c.weight_decay}
+    told |= {"amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False}
+    told |= {"fused": None, "decoupled_weight_decay": True}
+    groups = [{**told, "params": list(range(network))}]
+    if projector:
+        groups.append({**told, "params": list(range(network, network + projector))})
+    state = {
+        number: {"step": torch.tensor(float(count)), "exp_avg": first, "exp_avg_sq": second}
+        for number, (first, second) in enumerate(zip(*flat, strict=True))
+    }
+    return {"state": state, "param_groups": groups}

@@ -1,0 +1,121 @@
+"""The networks in a weight file, and one set of them as our parameters."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from deco_jax.config import default_config
+from deco_jax.errors import UsageError
+from deco_jax.models import Projector, build_model
+from deco_jax.porting import names
+from deco_jax.porting.files import Weights, open_weights
+from deco_jax.porting.infer import ARCHITECTURES, infer, split_networks
+
+RUNNABLE = ("deco",)  # architectures that have a Flax module
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What a PyTorch or safetensors file holds, unread."""
+
+    path: str
+    sizes: dict[str, Any]  # of the network, see `infer`
+    networks: dict[str, dict[str, Any]]  # "ema", "online", "projector" as far as they are there; PyTorch name → tensor
+    file: Weights
+
+    @property
+    def table(self) -> dict[str, str]:
+        """Names of the network's parameters."""
+        return ARCHITECTURES[self.sizes["kind"]][0]
+
+    def weights(self, which: str) -> dict[str, Any]:
+        """The "ema" or the "online" tensors; a file with a single set and no word about it gives that for both.
+
+        Raises:
+          UsageError: it has the other only.
+        """
+        if which in self.networks:
+            return self.networks[which]
+        if "only" in self.networks and self.file.metadata.get("weights", which) == which:
+            return self.networks["only"]
+        has = self.file.metadata.get("weights") or ", ".join(sorted(set(self.networks) & {"ema", "online"}))
+        raise UsageError(f"{self.path} holds no {which} weights, but: {has}.")
+
+
+def is_weight_file(path: str | os.PathLike) -> bool:
+    """Whether `path` is a file, or a Hugging Face folder: not a workdir or checkpoint of ours."""
+    given = pathlib.Path(path).expanduser()
+    endings = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+    return given.is_file() or (given.is_dir() and any(any(given.glob(ending)) for ending in endings))
+
+
+def open_networks(path: str | os.PathLike) -> Stored:
+    """Looks into a file or Hugging Face folder: which networks, of which sizes. Reads no numbers.
+
+    Raises:
+      UsageError: it cannot be read, or its tensors do not make a network; they are listed.
+    """
+    file = open_weights(pathlib.Path(path).expanduser())
+    try:
+        networks = split_networks(file.tensors)
+        sets = [networks[which] for which in ("ema", "online", "only") if which in networks]
+        if not sets:
+            raise UsageError(f"there is no network, only: {', '.join(networks)}.")
+        sizes = [infer({name: tuple(tensor.shape) for name, tensor in tensors.items()}) for tensors in sets]
+        if sizes[0] != sizes[-1]:
+            raise UsageError(f"its EMA and online networks differ: {sizes[0]} and {sizes[-1]}.")
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    return Stored(str(path), sizes[0], networks, file)
+
+
+def model_config(stored: Stored) -> ConfigDict:
+    """The `model` part of a configuration for the network in `stored`, other fields at their defaults.
+
+    Raises:
+      UsageError: it is a network that this version cannot run.
+    """
+    kind = stored.sizes["kind"]
+    if kind not in RUNNABLE:
+        known = ", ".join(f"{name} {size}" for name, size in stored.sizes.items() if name != "kind")
+        raise UsageError(
+            f"{stored.path} holds a {kind} network ({known}); this version runs and converts: {', '.join(RUNNABLE)}."
+        )
+    config = default_config().model
+    config.update(stored.sizes)
+    return config
+
+
+def parameter_shapes(model: nn.Module) -> Any:
+    """Shapes of a network's parameters, without computing any."""
+    p = model.patch_size
+    shape = jax.ShapeDtypeStruct
+    inputs = shape((1, p, p, 3), np.float32), shape((1,), np.float32), shape((1,), np.int32)
+    return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
+
+
+def read_network(stored: Stored, which: str, watch: Callable[[Iterable], Iterable] = iter) -> Any:
+    """The "ema" or "online" weights as our parameters, fp32 numpy; one tensor at a time is read beside them.
+
+    Args:
+      stored: from `open_networks`.
+      which: of them.
+      watch: wraps the iteration over tensors, for a progress bar.
+    """
+    like = parameter_shapes(build_model(model_config(stored)))
+    return names.from_torch(stored.table, stored.weights(which), like, watch)
+
+
+def read_projector(stored: Stored, tensors: dict[str, Any]) -> Any:
+    """Tensors of the alignment's projector as our parameters."""
+    features = tensors["proj.0.4.weight"].shape[0] if "proj.0.4.weight" in tensors else 0
+    tokens = jax.ShapeDtypeStruct((1, 1, stored.sizes["width"]), np.float32)
+    like = nn.meta.unbox(jax.eval_shape(Projector(features).init, jax.random.key(0), tokens)["params"])
+    return names.from_torch(names.PROJECTOR, tensors, like)

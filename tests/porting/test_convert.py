@@ -1,0 +1,238 @@
+"""Weights there and back: bitwise, whole, beside what is there; and training that goes on where PyTorch stopped."""
+
+import json
+import pathlib
+import stat
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import deco_jax
+from deco_jax.cli import main
+from deco_jax.errors import UsageError
+from deco_jax.porting import convert as module
+from deco_jax.porting import moments, names, networks
+from deco_jax.porting.convert import convert, read
+from deco_jax.porting.files import open_weights
+from deco_jax.training import checkpoint
+from deco_jax.training.loop import train
+from deco_jax.training.start import abstract_on_host
+from deco_jax.training.state import TrainState
+from deco_jax.training.step import make_trainer
+
+LIGHTNING = str(pathlib.Path(__file__).parents[1] / "golden" / "lightning_c2i.ckpt")
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """The recorded checkpoint with all it holds, as one of ours; no test changes it."""
+    target = tmp_path_factory.mktemp("converted") / "run"
+    convert(LIGHTNING, str(target), train_state=True)
+    return str(target)
+
+
+def assert_trees_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("weights, output", [("ema", "ema_denoiser"), ("online", "denoiser")])
+def test_upstreams_checkpoint_opens_and_computes_what_upstream_did(golden, error, workdir, weights, output):
+    g = golden("lightning_c2i_outputs")
+    for source in (LIGHTNING, workdir):
+        model, params = deco_jax.load_pretrained(source, weights)
+        model = model.clone(dtype=np.float32)
+        v = model.apply({"params": params}, g.image("x"), g["t"], g["y"].astype(np.int32))
+        assert error(v, g.image(output)) < 2e-5
+
+
+def test_every_number_survives_the_way_to_ours_and_back(workdir, tmp_path):
+    """Lightning → checkpoint → Lightning: the same tensors under the same names, optimiser, step and projector."""
+    pytest.importorskip("torch", reason="needs the extra `torch`")
+    convert(workdir, str(tmp_path / "back.ckpt"), train_state=True)
+    theirs, ours = open_weights(LIGHTNING), open_weights(tmp_path / "back.ckpt")
+    assert set(ours.tensors) == set(theirs.tensors)
+    online = [[name for name in f.tensors if name.startswith("denoiser.")] for f in (theirs, ours)]
+    assert online[0] == online[1], "the optimiser numbers parameters in this order"
+    for name, tensor in theirs.tensors.items():
+        np.testing.assert_array_equal(ours.tensors[name].numpy(), tensor.numpy(), err_msg=name)
+    assert ours.rest["global_step"] == theirs.rest["global_step"] == 1234
+    (a,), (b,) = theirs.rest["optimizer_states"], ours.rest["optimizer_states"]
+    assert [group["params"] for group in a["param_groups"]] == [group["params"] for group in b["param_groups"]]
+    for key in ("lr", "betas", "eps", "weight_decay"):
+        assert a["param_groups"][0][key] == b["param_groups"][0][key]
+    for number, entry in a["state"].items():
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            np.testing.assert_array_equal(
+                b["state"][number][key].numpy(), entry[key].numpy(), err_msg=f"{number} {key}"
+            )
+
+
+@pytest.mark.parametrize("weights", ["ema", "online"])
+def test_safetensors_there_and_back(workdir, tmp_path, weights):
+    file = str(tmp_path / "x.safetensors")
+    convert(workdir, file, weights=weights)
+    assert stat.S_IMODE(pathlib.Path(file).stat().st_mode) & 0o044, "others may read it"
+    assert_trees_equal(deco_jax.load_pretrained(file, weights)[1], deco_jax.load_pretrained(workdir, weights)[1])
+    other = {"ema": "online", "online": "ema"}[weights]
+    with pytest.raises(UsageError, match=f"holds no {other} weights, but: {weights}"):
+        deco_jax.load_pretrained(file, other)
+    theirs = {k: v.numpy() for k, v in networks.open_networks(LIGHTNING).weights(weights).items()}
+    ours = load_file(file)
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value)
+
+
+def test_a_folder_for_hugging_face(workdir, tmp_path):
+    folder = tmp_path / "hf"
+    convert(workdir, str(folder), kind="huggingface")
+    assert {"config.json", "model.safetensors", "README.md", "pipeline.py", "model_index.json"} <= {
+        p.name for p in folder.iterdir()
+    }
+    assert_trees_equal(deco_jax.load_pretrained(str(folder))[1], deco_jax.load_pretrained(workdir)[1])
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["kind"], config["width"], config["depth"], config["weights"]) == ("deco", 32, 2, "ema")
+    assert "53,883" in (folder / "README.md").read_text()
+
+
+def test_the_card_of_a_run_says_how_it_was_trained(tiny_config, tmp_path):
+    train(tiny_config, str(tmp_path / "run"))
+    convert(str(tmp_path / "run"), str(tmp_path / "hf"), kind="huggingface")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    for text in ("| data | digits |", "| batch | 16 |", "lr 0.001", "| step | 6 |", "| loss | "):
+        assert text in card
+    convert(str(tmp_path / "run"), str(tmp_path / "again"), train_state=True)
+    (where, step), (there, _) = (checkpoint.find_checkpoint(str(tmp_path / name)) for name in ("run", "again"))
+    assert step == 6 and checkpoint.read_meta(there, 6)["converted_from"] == str(tmp_path / "run")
+    ours, theirs = (read(str(tmp_path / name), ("ema", "online"), True, True) for name in ("again", "run"))
+    assert_trees_equal((ours.ema, ours.online, ours.moments), (theirs.ema, theirs.online, theirs.moments))
+    assert where != there
+
+
+def test_one_more_step_is_the_step_that_torch_takes(workdir, error):
+    """The same gradients, given to torch's AdamW after loading its state, and to ours."""
+    torch = pytest.importorskip("torch", reason="needs the extra `torch`")
+    content = torch.load(LIGHTNING, weights_only=True)
+    named = {k: v for k, v in content["state_dict"].items() if not k.startswith("ema_denoiser.")}
+    parameters = {k: torch.nn.Parameter(v.clone()) for k, v in named.items()}
+    denoiser, projector = ([v for k, v in parameters.items() if k.startswith(p)] for p in ("denoiser", "diffusion"))
+    optimizer = torch.optim.AdamW([{"params": denoiser}, {"params": projector}], lr=1.0)
+    optimizer.load_state_dict(content["optimizer_states"][0])
+    rng = np.random.default_rng(0)
+    gradients = {k: rng.normal(0, 1e-2, v.shape).astype(np.float32) for k, v in parameters.items()}
+    for name, parameter in parameters.items():
+        parameter.grad = torch.from_numpy(gradients[name])
+    optimizer.step()
+
+    bundle = read(workdir, ("ema", "online"), True, True)
+    trainer = make_trainer(bundle.config)
+    params = {"network": bundle.online, "projector": bundle.projector}
+    zero = np.int32(0)
+    opt_state = moments.fill(abstract_on_host(bundle.config).opt_state, *bundle.moments)
+    state = TrainState(np.int32(bundle.step), params, bundle.ema, opt_state, zero, zero)
+
+    def cut(prefix):
+        return {k.removeprefix(prefix): v for k, v in gradients.items() if k.startswith(prefix)}
+
+    tree = {
+        "network": names.from_torch(names.DECO, cut("denoiser."), bundle.online),
+        "projector": names.from_torch(names.PROJECTOR, cut("diffusion_trainer."), bundle.projector),
+    }
+    state, _ = jax.jit(trainer.update)(state, tree, {"loss": np.float32(1)})
+    ours = {f"denoiser.{k}": v for k, v in names.to_torch(names.DECO, state.params["network"]).items()}
+    ours |= {f"diffusion_trainer.{k}": v for k, v in names.to_torch(names.PROJECTOR, state.params["projector"]).items()}
+    for name, before in named.items():
+        moved = parameters[name].detach().numpy() - before.numpy()
+        assert error(ours[name] - before.numpy(), moved) < 1e-3, name  # fp32 keeps four digits of 1e-4 beside 1
+        assert error(ours[name], parameters[name].detach().numpy()) < 1e-6, name
+
+
+def test_training_goes_on_in_a_converted_workdir(tmp_path, new_tiny_config):
+    """Step, optimiser and place in the data are taken over; settings the file knows nothing of are free."""
+    config = new_tiny_config()
+    target = tmp_path / "run"
+    convert(LIGHTNING, str(target), train_state=True, projector=False)
+    sizes = networks.open_networks(LIGHTNING).sizes
+    config.model.update(sizes)
+    config.train.steps = 1236
+    train(config, str(target))
+    assert checkpoint.find_checkpoint(str(target))[1] == 1236
+    config.model.depth = 3
+    with pytest.raises(UsageError, match="model.depth: 2 there, 3 here"):
+        train(config, str(target))
+    convert(LIGHTNING, str(tmp_path / "weights"))
+    config.model.depth = 2
+    with pytest.raises(UsageError, match="without an optimiser's state; start another workdir with"):
+        train(config, str(tmp_path / "weights"))
+    config.train.update(init_from=str(tmp_path / "weights"), steps=1)
+    train(config, str(tmp_path / "fine_tuned"))
+
+
+def test_nothing_is_lost_when_writing_fails(workdir, tmp_path, monkeypatch):
+    file = tmp_path / "x.safetensors"
+    convert(workdir, str(file))
+    before = file.read_bytes()
+    with pytest.raises(UsageError, match="exists; choose another name or pass --force"):
+        convert(workdir, str(file))
+
+    def full_disk(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(module.folder, "save_file", full_disk)
+    with pytest.raises(OSError):
+        convert(workdir, str(file), force=True)
+    with pytest.raises(OSError):
+        convert(workdir, str(tmp_path / "hf"), kind="huggingface")
+    assert file.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_force_replaces_a_folder_whole(workdir, tmp_path):
+    target = tmp_path / "hf"
+    target.mkdir()
+    (target / "old").write_text("old")
+    convert(workdir, str(target), kind="huggingface", force=True)
+    assert not (target / "old").exists() and (target / "config.json").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize(
+    "case, kind", [("baseline_dit", "baseline"), ("pixnerd", "pixnerd"), ("deco_t2i", "deco_text")]
+)
+def test_networks_that_cannot_run_yet_are_recognised_and_named(golden, tmp_path, case, kind):
+    save_file(golden(case).group("param:"), tmp_path / "x.safetensors")
+    with pytest.raises(UsageError, match=rf"holds a {kind} network \(patch_size 8, width 32, depth [23], heads 2"):
+        deco_jax.load_pretrained(str(tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nothing.ckpt", "x"], "nothing.ckpt does not exist"),
+        ([LIGHTNING, "x", "--format=onnx"], "--format=onnx is not known; allowed: checkpoint, safetensors"),
+        ([LIGHTNING, "x", "--weights=both"], "--weights=both is not known"),
+        ([LIGHTNING, "x.safetensors", "--train-state"], "--train-state needs a checkpoint or .ckpt as target"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["convert", *arguments])
+    assert end.value.code == 2 and message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_and_left_over_tensors_are_listed(tmp_path, workdir):
+    convert(workdir, str(tmp_path / "x.safetensors"))
+    tensors = load_file(tmp_path / "x.safetensors")
+    del tensors["blocks.1.norm2.weight"]
+    tensors["extra.weight"] = np.zeros(3, np.float32)
+    save_file(tensors, tmp_path / "y.safetensors")
+    with pytest.raises(
+        UsageError, match=r"y\.safetensors: .*missing blocks\.1\.norm2\.weight; unexpected extra\.weight"
+    ):
+        deco_jax.load_pretrained(str(tmp_path / "y.safetensors"))
