@@ -192,3 +192,11 @@ def tiny_config(new_tiny_config):
 def full_size_shapes():
     """{network: {PyTorch name: shape}} of the published sizes."""
     return json.loads((GOLDEN / "full_size_state_dict_shapes.json").read_text())
+
+
+SLOW = ("test_processes", "test_cli", "test_loop", "test_equivalence", "test_plan", "test_scripts", "test_convert")
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, so that both workers end at about the same time."""
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))

@@ -237,7 +237,7 @@ class TestForTpus:
         assert split["method"].startswith("libtpu ") and split["devices"] == 4
         code, copied = deco_plan("--topology=v5e:2x2", "--preset=data", "--per-device-batch=4", *SMALL)
         assert code == 0 and set(copied["collectives"]) == {"all-reduce", "all-gather"}
-        assert copied["collectives"]["all-gather"]["bytes"] < 1000, "the processes' notes to each other, nothing else"
+        assert copied["collectives"]["all-gather"]["bytes"] < 10_000, "the processes' notes to each other, nothing else"
         assert copied["memory"]["parameters"] == 4 * copied["parameters"]
         assert split["memory"]["parameters"] < 0.6 * copied["memory"]["parameters"]
         gathered = sum(

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import tensorboardX
 from tqdm import tqdm
 
 
@@ -102,6 +101,8 @@ class Writers:
         self.samples = workdir / "samples"
         self.jsonl = self.tensorboard = None
         if active:
+            import tensorboardX  # imports torch where that is installed, so not before a run needs it
+
             self.samples.mkdir(parents=True, exist_ok=True)
             self.jsonl = (workdir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
             self.tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
