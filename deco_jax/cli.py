@@ -114,7 +114,8 @@ def _add_convert(commands) -> None:
     parser.add_argument("--weights", default="ema", help="ema or online, for formats with one set (default: ema)")
     parser.add_argument("--train-state", action="store_true", help="also optimiser, step and projector, to train on")
     parser.add_argument("--without-projector", action="store_true", help="with --train-state: to train without REPA")
-    parser.add_argument("--force", action="store_true", help="replace DST")
+    parser.add_argument("--image-size", type=int, help="it was trained on, if SRC does not say (default: 256)")
+    parser.add_argument("--force", action="store_true", help="replace DST, if it is a file or made by this command")
 
 
 def _convert(args: argparse.Namespace, _: list[str]) -> None:
@@ -127,6 +128,7 @@ def _convert(args: argparse.Namespace, _: list[str]) -> None:
         weights=args.weights,
         train_state=args.train_state,
         projector=not args.without_projector,
+        image_size=args.image_size,
         force=args.force,
     )
 

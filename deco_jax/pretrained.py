@@ -19,7 +19,8 @@ def load_pretrained(path: str, weights: Literal["ema", "online"] = "ema") -> tup
       path: a workdir of `deco train` (its newest checkpoint), `workdir/checkpoints/<step>`, an upstream Lightning
         `.ckpt`, a PyTorch state dict (`.pt`, `.pth`), `.safetensors`, an index of several of these, or a Hugging Face
         folder. Neither torch nor any code in a file is used (docs/security.md).
-      weights: the moving average, or the weights that were being trained; the same where a file has one set.
+      weights: the moving average, or the weights that were being trained; the same where a file does not
+        say which it holds.
 
     Returns:
       (model, params): for `model.apply({"params": params}, x, t, labels)` and `deco_jax.sample`.

@@ -3,9 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-import os
 import pathlib
-import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,12 +17,15 @@ from deco_jax.config import default_config, flatten
 from deco_jax.errors import UsageError
 from deco_jax.models import build_model
 from deco_jax.porting import folder, moments, names, networks
+from deco_jax.porting.diffusers_folder import diffusers_files
 from deco_jax.porting.infer import ARCHITECTURES
 from deco_jax.training import checkpoint
 from deco_jax.training.start import abstract_on_host
 from deco_jax.training.state import TrainState
 from deco_jax.version import __version__
 
+# What is in the folders that are written here.
+CONVERTED = {checkpoint.FOLDER, "config.json", "model.safetensors", "README.md", *diffusers_files(0)} | {"transformer"}
 FORMATS = ("checkpoint", "safetensors", "ckpt", "huggingface")
 
 
@@ -41,9 +43,14 @@ class Bundle:
     fingerprint: str | None = None  # of the data, if the source is a run of ours
     decisive: tuple[str, ...] = ()  # fields that training on must not change, if it is not
 
+    @property
+    def table(self) -> dict[str, str]:
+        """Names of the network's parameters."""
+        return ARCHITECTURES[self.config.model.kind][0]
+
     def tensors(self, which: str) -> dict[str, np.ndarray]:
         """The "ema" or "online" weights under PyTorch's names, in the order of PyTorch's modules."""
-        return names.to_torch(ARCHITECTURES[self.config.model.kind][0], self.ema if which == "ema" else self.online)
+        return names.to_torch(self.table, self.ema if which == "ema" else self.online)
 
 
 def convert(
@@ -54,6 +61,7 @@ def convert(
     weights: str = "ema",
     train_state: bool = False,
     projector: bool = True,
+    image_size: int | None = None,
     force: bool = False,
 ) -> None:
     """Writes the network in `source` to `target`; beside it first, under its name when complete.
@@ -65,12 +73,15 @@ def convert(
       weights: which of the two a safetensors file or Hugging Face folder gets: ema or online.
       train_state: carry the optimiser's moments, the step and the projector as well, so that training goes on.
       projector: with train_state; False leaves it out, for training on without representation alignment.
-      force: replace `target` if it is there.
+      image_size: side of the images it was trained on, for sources that do not say (256 otherwise).
+      force: replace `target` if it is a file, or a folder that was made by converting.
 
     Raises:
       UsageError: the source cannot be read, has not what is asked for, or the target is in the way.
     """
-    path = pathlib.Path(target).expanduser()
+    if "://" in target:
+        raise UsageError(f"{target} is no path; write to a local disk or a mounted bucket.")
+    path = pathlib.Path(target).expanduser().resolve()
     kind = kind or {".safetensors": "safetensors", ".ckpt": "ckpt"}.get(path.suffix, "checkpoint")
     if kind not in FORMATS:
         raise UsageError(f"--format={kind} is not known; allowed: {', '.join(FORMATS)}.")
@@ -78,15 +89,15 @@ def convert(
         raise UsageError(f"--weights={weights} is not known; allowed: ema, online.")
     if train_state and kind not in ("checkpoint", "ckpt"):
         raise UsageError(f"--train-state needs a checkpoint or .ckpt as target; {kind} holds one set of weights.")
-    if path.exists() and not force:
-        raise UsageError(f"{target} exists; choose another name or pass --force to replace it.")
-    given = pathlib.Path(source).expanduser().absolute()
-    if path.absolute() == given or path.absolute() in given.parents:
-        raise UsageError(f"{target} is, or holds, the source itself.")
+    if image_size is not None and image_size < 1:
+        raise UsageError(f"--image-size={image_size} must be 1 or more.")
+    _check_target(path, target, pathlib.Path(source).expanduser().resolve(), force)
     if kind == "ckpt":
         moments.require_torch()
     wanted = ("ema", "online") if kind in ("checkpoint", "ckpt") else (weights,)
     bundle = read(source, wanted, train_state, projector)
+    if image_size is not None:
+        bundle.config.data.image_size = image_size
     write = {
         "checkpoint": _write_checkpoint,
         "safetensors": functools.partial(folder.write_safetensors, weights=weights),
@@ -96,6 +107,21 @@ def convert(
     with _beside(path) as draft:
         write(bundle, draft)
     print(f"{target}: {kind}, {_describe(bundle)}.")
+
+
+def _check_target(path: pathlib.Path, target: str, source: pathlib.Path, force: bool) -> None:
+    """Raises UsageError unless `path` is free, or may be replaced."""
+    if path == source or path in source.parents:
+        raise UsageError(f"{target} is, or holds, the source itself.")
+    if not path.exists():
+        return
+    if not force:
+        raise UsageError(f"{target} exists; choose another name or pass --force to replace it.")
+    if source in path.parents or (source.suffix == ".json" and source.parent == path.parent):
+        raise UsageError(f"{target} is a part of the source.")
+    strange = sorted({p.name for p in path.iterdir()} - CONVERTED) if path.is_dir() else []
+    if strange:
+        raise UsageError(f"{target} was not made by converting, as it holds {strange[0]}; --force does not replace it.")
 
 
 def read(source: str, wanted: Iterable[str], train_state: bool, projector: bool) -> Bundle:
@@ -112,14 +138,17 @@ def _read_weight_file(source: str, wanted: Iterable[str], train_state: bool, pro
         _apply(config, stored.file.config["training"])
     config.model = networks.model_config(stored)
     sizes = (f"model.{field}" for field in stored.sizes)
-    decisive = (*sizes, "loss.alignment_weight", "loss.alignment_features")
+    decisive = (*sizes, "loss.alignment_weight", "loss.alignment_features", "optimizer.clip_norm")
     bundle = Bundle(config, origin=source, step=_step(stored), decisive=decisive)
     if train_state and not stored.file.rest.get("optimizer_states"):
         raise UsageError(f"{source} holds no optimiser state; convert it without --train-state.")
-    for which in wanted:
-        shared = "only" in stored.networks and bundle.ema is not None
-        tree = bundle.ema if shared else networks.read_network(stored, which, _bar(f"{which} weights"))
-        setattr(bundle, which, tree)
+    there = [which for which in ("ema", "online") if stored.has(which)]
+    if len(wanted) == 1 or (len(there) == 2 and "only" not in stored.networks):
+        for which in wanted:
+            setattr(bundle, which, networks.read_network(stored, which, _bar(f"{which} weights")))
+    else:
+        print(f"{source} has one set of weights; it serves as EMA and online weights.")
+        bundle.ema = bundle.online = networks.read_network(stored, there[0], _bar("weights"))
     if train_state:
         tensors = stored.networks.get("projector") if projector else None
         if tensors:
@@ -133,7 +162,7 @@ def _read_weight_file(source: str, wanted: Iterable[str], train_state: bool, pro
 def _step(stored: networks.Stored) -> int:
     """How long the weights were trained, 0 if the file does not say."""
     said = stored.file.rest.get("global_step", stored.file.metadata.get("step", 0))
-    return int(said) if str(said).isdigit() else 0
+    return int(said) if str(said).isdecimal() and len(str(said)) < 10 else 0
 
 
 def _read_checkpoint(source: str, wanted: Iterable[str], train_state: bool, projector: bool) -> Bundle:
@@ -141,6 +170,7 @@ def _read_checkpoint(source: str, wanted: Iterable[str], train_state: bool, proj
     meta = checkpoint.read_meta(where, step)
     config = default_config()
     _apply(config, meta["config"])
+    config.model.attention = "default"  # the run's choice may not exist on this machine
     if train_state and meta.get("weights_only"):
         raise UsageError(f"{source} holds weights only; convert it without --train-state.")
     abstract = abstract_on_host(config)
@@ -169,8 +199,11 @@ def _apply(config: ConfigDict, values: dict[str, Any]) -> None:
     known = flatten(config)
     for field, value in flatten(values).items():
         part, _, name = field.rpartition(".")
-        if part and part != "mesh" and field in known:
-            config[part].update({name: value})
+        if part != "mesh" and field in known:
+            try:
+                (config[part] if part else config).update({name: value})
+            except (TypeError, ValueError) as error:
+                raise UsageError(f"the source's configuration has {field}={value!r}: {error}") from error
 
 
 def _write_checkpoint(bundle: Bundle, path: pathlib.Path) -> None:
@@ -184,8 +217,8 @@ def _write_checkpoint(bundle: Bundle, path: pathlib.Path) -> None:
             config.loss.alignment_weight = 0.0
         count, mu, nu = bundle.moments
         optimizer = moments.fill(abstract_on_host(config).opt_state, count, mu, nu)
-        zero = np.int32(0)
-        state = TrainState(np.int32(bundle.step), params, bundle.ema, optimizer, zero, zero)
+        skipped = np.int32(max(bundle.step - count, 0))  # steps that updated nothing
+        state = TrainState(np.int32(bundle.step), params, bundle.ema, optimizer, skipped, np.int32(0))
     model = build_model(config.model)
     parameters = sum(x.size for x in jax.tree.leaves(networks.parameter_shapes(model)))
     meta = checkpoint.make_meta(config, bundle.fingerprint or "", parameters, __version__)
@@ -202,28 +235,18 @@ def _write_checkpoint(bundle: Bundle, path: pathlib.Path) -> None:
 @contextlib.contextmanager
 def _beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A name beside `path` to write to; what lies there takes its place in the end, or goes if writing fails."""
-    draft, old = (path.with_name(f".{path.name}.{what}.{os.getpid()}") for what in ("new", "old"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        draft, old = pathlib.Path(folder) / path.name, pathlib.Path(folder) / "replaced"
         yield draft
-        if draft.is_file():  # some libraries write files that only their owner may read
-            draft.chmod(0o666 & ~_umask())
         if path.is_dir():
             path.rename(old)  # a folder cannot be renamed over another
-        draft.replace(path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise
-    finally:
-        for leftover in (draft, old):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        try:
+            draft.replace(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
 
 
 def _bar(what: str):

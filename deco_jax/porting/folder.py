@@ -1,6 +1,8 @@
 """Exported weights: a safetensors file, or a folder as Hugging Face has them, with config.json and a model card."""
 
+import contextlib
 import json
+import os
 import pathlib
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ from safetensors.numpy import save_file
 
 from deco_jax.diffusion.samplers import SETTINGS
 from deco_jax.porting.diffusers_folder import diffusers_files
+from deco_jax.training import checkpoint
 from deco_jax.version import __version__
 
 if TYPE_CHECKING:
@@ -30,6 +33,9 @@ def write_safetensors(bundle: "Bundle", path: pathlib.Path, weights: str) -> Non
         "step": str(bundle.step),
     }
     save_file({name: np.ascontiguousarray(x) for name, x in bundle.tensors(weights).items()}, path, metadata)
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # the library lets only the owner read it
 
 
 def architecture(bundle: "Bundle") -> dict[str, Any]:
@@ -78,7 +84,7 @@ def model_card(bundle: "Bundle", weights: str) -> str:
         ("frequency loss", f"weight {c.loss.frequency_weight:g}, quality {c.loss.frequency_quality}"),
         ("alignment loss", f"weight {c.loss.alignment_weight:g}"),
     ]
-    measured = _last_metrics(bundle.origin)
+    measured = _last_metrics(bundle.origin, bundle.step)
     training = (
         "## Training\n\n" + _table(run)
         if bundle.fingerprint
@@ -119,13 +125,13 @@ def _table(rows: list[tuple[str, Any]]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
-def _last_metrics(origin: str) -> list[tuple[str, Any]]:
-    """What the run logged last, if `origin` is a workdir of ours or lies in one."""
+def _last_metrics(origin: str, step: int) -> list[tuple[str, Any]]:
+    """What the run logged last up to `step`, if `origin` is a workdir of ours or a checkpoint in one."""
     given = pathlib.Path(origin).expanduser().absolute()
-    for folder in (given, *given.parents[:2]):
-        log = folder / "metrics.jsonl"
-        if log.is_file():
-            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            last = json.loads(lines[-1]) if lines else {}
-            return [(name, f"{value:.5g}") for name, value in last.items() if name != "time" and value is not None]
-    return []
+    workdir = given.parents[1] if given.parent.name == checkpoint.FOLDER else given
+    log, last = workdir / "metrics.jsonl", {}
+    for text in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
+        with contextlib.suppress(ValueError):  # a line that was cut off
+            line = json.loads(text)
+            last = line if line["step"] <= step else last
+    return [(name, f"{value:.5g}") for name, value in last.items() if name != "time" and value is not None]

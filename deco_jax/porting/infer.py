@@ -10,6 +10,9 @@ from deco_jax.porting import names
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+# Building a network takes time and memory that grow with these, before any tensor is looked at.
+LIMITS = {"patch_size": 128, "depth": 1000, "text_depth": 1000, "decoder_depth": 100, "decoder_width": 4096}
+
 # Architecture: (its table of names, a tensor that only it has).
 ARCHITECTURES = {
     "deco": (names.DECO, "dec_net.cond_embed.weight"),
@@ -55,7 +58,8 @@ def infer(shapes: Shapes) -> dict[str, Any]:
       shapes: PyTorch name (see `split_networks`) → shape.
 
     Raises:
-      UsageError: the tensors are of no known architecture; or some are missing, left over or misshapen, all listed.
+      UsageError: the tensors are of no known architecture; or some are missing or left over, all listed. Shapes are
+        compared with the network's when they are read (`names.from_torch`).
     """
     kinds = [kind for kind, (_, sign) in ARCHITECTURES.items() if sign in shapes]
     kind = "deco_text" if "deco_text" in kinds else kinds[0] if kinds else None
@@ -63,10 +67,13 @@ def infer(shapes: Shapes) -> dict[str, Any]:
         shown = ", ".join(sorted(shapes)[:5]) or "none"
         raise UsageError(f"these tensors are of no network known here ({shown}, …); known: {', '.join(ARCHITECTURES)}.")
     table, _ = ARCHITECTURES[kind]
-    counts = {"i": _count(shapes, r"blocks\.(\d+)\.norm1\.weight"), "t": _count(shapes, r"text_refine_blocks\.(\d+)\.")}
-    counts["j"] = _count(shapes, r"dec_net\.res_blocks\.(\d+)\.")
+    counts = {
+        "i": _count(shapes, r"blocks\.(\d{1,9})\.norm1\.weight"),
+        "t": _count(shapes, r"text_refine_blocks\.(\d{1,9})\."),
+    }
+    counts["j"] = _count(shapes, r"dec_net\.res_blocks\.(\d{1,9})\.")
     if kind == "pixnerd":
-        counts["j"] = _count(shapes, r"blocks\.(\d+)\.param_generator1\.") - counts["i"]
+        counts["j"] = _count(shapes, r"blocks\.(\d{1,9})\.param_generator1\.") - counts["i"]
     for letter, count in counts.items():
         if not 0 <= count <= len(shapes):  # a number in a name decides nothing about memory
             raise UsageError(f"these tensors count {count} blocks ({letter}) and are only {len(shapes)}.")
@@ -74,14 +81,14 @@ def infer(shapes: Shapes) -> dict[str, Any]:
     problems = [f"missing {name}" for name in sorted(expected - set(shapes))]
     problems += [f"unexpected {name}" for name in sorted(set(shapes) - expected)]
     if problems:
-        raise UsageError(f"these tensors do not make a whole {kind} network: {'; '.join(problems)}.")
+        raise UsageError(f"these tensors do not make a whole {kind} network: {_some(problems)}.")
     try:
         sizes = _sizes(kind, shapes, counts)
     except (IndexError, ValueError, ZeroDivisionError) as error:
         raise UsageError(f"the embeddings of this {kind} network have the wrong number of axes, or none.") from error
-    wrong = _misshapen(kind, shapes, sizes)
-    if wrong:
-        raise UsageError(f"these tensors do not fit a {kind} network together: {'; '.join(wrong)}.")
+    too_large = [f"{field}={sizes[field]}" for field, limit in LIMITS.items() if sizes.get(field, 0) > limit]
+    if too_large:
+        raise UsageError(f"these tensors would make a network of {', '.join(too_large)}, beyond anything known.")
     return sizes
 
 
@@ -120,44 +127,7 @@ def _sizes(kind: str, shapes: Shapes, counts: Mapping[str, int]) -> dict[str, An
     return sizes
 
 
-def _misshapen(kind: str, shapes: Shapes, s: Mapping[str, Any]) -> list[str]:
-    """Tensors whose shape does not follow from the sizes."""
-    width, d, p = s["width"], s.get("decoder_width", 0), s["patch_size"]
-    hidden = 4 * width if kind == "deco_text" else int(8 * width / 3)
-    head = width // s["heads"] if s["heads"] else 0
-    linear = {
-        r"(s_embedder|x_embedder)\.proj": (width, 3 * p * p),
-        r"x_embedder\.embedder\.0": (d, 67),
-        r"t_embedder\.mlp\.0": (width, 256),
-        r"t_embedder\.mlp\.2": (width, width),
-        r"y_embedder\.proj": (width, s.get("text_features")),
-        r".*\.attn\.(qkv|qkv_x)": (3 * width, width),
-        r".*\.attn\.kv_y": (2 * width, width),
-        r".*\.attn\.proj": (width, width),
-        r".*\.mlp\.(w1|w12)": ((2 if kind == "deco_text" else 1) * hidden, width),
-        r".*\.mlp\.w2": (width, hidden),
-        r".*\.mlp\.w3": (width, hidden) if kind == "deco_text" else (hidden, width),
-        r"(text_refine_)?blocks\.\d+\.adaLN_modulation\.0": (6 * width, width),
-        r"dec_net\.cond_embed": (p * p * d, width),
-        r"dec_net\.(input_proj|res_blocks\.\d+\.mlp\.[02])": (d, d),
-        r"dec_net\.res_blocks\.\d+\.adaLN_modulation\.1": (3 * d, d),
-        r"dec_net\.final_layer\.linear": (3, d),
-        r"final_layer\.adaLN_modulation\.0": (2 * width, width),
-        r"final_layer\.linear": (3 * p * p, width) if kind == "baseline" else (3, d),
-        r"blocks\.\d+\.param_generator1\.0": (2 * d * d * s.get("decoder_expansion", 0), width),
-    }
-    wanted = {
-        r"y_embedder\.embedding_table\.weight": (s.get("num_classes", 0) + 1, width),
-        r"y_pos_embedding": (1, s.get("text_tokens"), width),
-        r".*\.attn\.[qk]_norm\.weight": (head,),
-        r"(text_refine_)?blocks\.\d+\.norm[12]\.weight|y_embedder\.norm\.weight": (width,),
-        r"dec_net\.res_blocks\.\d+\.in_ln\.(weight|bias)|blocks\.\d+\.norm\.weight|final_layer\.norm\.weight": (d,),
-    }
-    for name, (out, into) in linear.items():
-        wanted |= {rf"{name}\.weight": (out, into), rf"{name}\.bias": (out,)}
-    wrong = []
-    for name, shape in shapes.items():
-        right = next(shape for pattern, shape in wanted.items() if re.fullmatch(pattern, name))
-        if tuple(shape) != right:
-            wrong.append(f"{name} has shape {tuple(shape)}, not {right}")
-    return wrong
+def _some(problems: list[str]) -> str:
+    """Problems for a message; names in a file may be long and many."""
+    shown = [problem[:200] for problem in problems[:200]]
+    return "; ".join(shown) + (f"; and {len(problems) - 200} more" if len(problems) > 200 else "")

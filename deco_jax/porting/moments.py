@@ -56,7 +56,7 @@ def read(stored: networks.Stored, bundle: "Bundle") -> None:
         group, bundle.step = groups[0], int(stored.file.rest["global_step"])
         settings = {key: float(group[key]) for key in ("lr", "eps", "weight_decay")}
         settings |= {"beta1": float(group["betas"][0]), "beta2": float(group["betas"][1])}
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise UsageError(f"{stored.path}: its optimizer_states are not those of AdamW ({error!r}).") from error
     if len(order) != len(online) + len(projector) or len(steps) != 1:
         raise UsageError(
@@ -100,7 +100,6 @@ def write_ckpt(bundle: "Bundle", path: pathlib.Path) -> None:
         "global_step": bundle.step,
         "pytorch-lightning_version": "2.4.0",
         "state_dict": {name: tensor(value) for name, value in named.items()},
-        "loops": {},
         "lr_schedulers": [],
         "optimizer_states": [],
     }
@@ -116,7 +115,7 @@ def _torch_optimizer(bundle: "Bundle", network: int, projector: int, tensor: Any
     count, *trees = bundle.moments
     flat = []
     for tree in trees:
-        parts = dict(names.to_torch(names.DECO, tree["network"]))
+        parts = dict(names.to_torch(bundle.table, tree["network"]))
         if projector:
             parts |= {f"projector {k}": v for k, v in names.to_torch(names.PROJECTOR, tree["projector"]).items()}
         flat.append([tensor(value) for value in parts.values()])

@@ -147,7 +147,7 @@ def counts_of(table: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -
 def from_torch(
     table: Mapping[str, str], tensors: Mapping[str, Any], like: Any, watch: Callable[[Iterable], Iterable] = iter
 ) -> Any:
-    """Arranges PyTorch tensors as our parameters, fp32.
+    """Arranges PyTorch tensors as our parameters; whatever precision they have, ours is fp32.
 
     Args:
       table: one of those above.
@@ -170,6 +170,8 @@ def from_torch(
             problems.append(f"missing {theirs} for {path} {shape}")
         elif tuple(tensors[theirs].shape) != _torch_shape(path, shape):
             problems.append(f"{theirs} has shape {tensors[theirs].shape}; {path} needs {_torch_shape(path, shape)}")
+        elif tensors[theirs].dtype.kind == "c":
+            problems.append(f"{theirs} is complex")
     if problems:
         raise UsageError("these tensors do not fit the model: " + "; ".join(problems) + ".")
     ours = {path: aligned_empty(shapes[path]) for path in dict.fromkeys(path for _, path, _ in places)}

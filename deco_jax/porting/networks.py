@@ -17,6 +17,7 @@ from deco_jax.models import Projector, build_model
 from deco_jax.porting import names
 from deco_jax.porting.files import Weights, open_weights
 from deco_jax.porting.infer import ARCHITECTURES, infer, split_networks
+from deco_jax.training import checkpoint
 
 RUNNABLE = ("deco",)  # architectures that have a Flax module
 
@@ -35,6 +36,13 @@ class Stored:
         """Names of the network's parameters."""
         return ARCHITECTURES[self.sizes["kind"]][0]
 
+    def has(self, which: str) -> bool:
+        """Whether `weights` has an answer."""
+        try:
+            return bool(self.weights(which))
+        except UsageError:
+            return False
+
     def weights(self, which: str) -> dict[str, Any]:
         """The "ema" or the "online" tensors; a file with a single set and no word about it gives that for both.
 
@@ -43,15 +51,18 @@ class Stored:
         """
         if which in self.networks:
             return self.networks[which]
-        if "only" in self.networks and self.file.metadata.get("weights", which) == which:
+        said = self.file.metadata.get("weights")
+        if "only" in self.networks and said not in {"ema", "online"} - {which}:
             return self.networks["only"]
-        has = self.file.metadata.get("weights") or ", ".join(sorted(set(self.networks) & {"ema", "online"}))
+        has = ", ".join(sorted(set(self.networks) & {"ema", "online"})) or said
         raise UsageError(f"{self.path} holds no {which} weights, but: {has}.")
 
 
 def is_weight_file(path: str | os.PathLike) -> bool:
     """Whether `path` is a file, or a Hugging Face folder: not a workdir or checkpoint of ours."""
     given = pathlib.Path(path).expanduser()
+    if (given / checkpoint.FOLDER).is_dir():  # whatever else lies in a workdir
+        return False
     endings = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
     return given.is_file() or (given.is_dir() and any(any(given.glob(ending)) for ending in endings))
 

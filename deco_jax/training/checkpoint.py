@@ -224,6 +224,8 @@ def check_resumable(saved: dict[str, Any], now: dict[str, Any], where: pathlib.P
     ]
     if "decisive" in saved:  # converted: what it was trained on, and how, was not in the file
         changed = [change for change in changed if change.partition(":")[0] in saved["decisive"]]
+        if any(change.startswith("loss.alignment") for change in changed):
+            changed.append("to train without alignment, convert again with --without-projector")
     elif not changed and saved["fingerprint"] != now["fingerprint"]:
         changed = [f"data fingerprint: {saved['fingerprint']} there, {now['fingerprint']} here (the records changed)"]
     if changed:

@@ -85,8 +85,8 @@ def abstract_state(trainer: Trainer, mesh: Mesh) -> TrainState:
 
 
 def abstract_on_host(config: ConfigDict) -> TrainState:
-    """`abstract_state` of a run that has one device, the first here."""
-    mesh = Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1), meshes.AXES)
+    """`abstract_state` of a run that has one device, a CPU: accelerators may be too small for a whole state."""
+    mesh = Mesh(np.array(jax.local_devices(backend="cpu")[:1]).reshape(1, 1, 1), meshes.AXES)
     return abstract_state(make_trainer(config), mesh)
 
 

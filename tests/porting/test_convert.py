@@ -101,6 +101,7 @@ def test_a_folder_for_hugging_face(workdir, tmp_path):
 
 
 def test_the_card_of_a_run_says_how_it_was_trained(tiny_config, tmp_path):
+    tiny_config.seed = 3
     train(tiny_config, str(tmp_path / "run"))
     convert(str(tmp_path / "run"), str(tmp_path / "hf"), kind="huggingface")
     card = (tmp_path / "hf" / "README.md").read_text()
@@ -112,6 +113,8 @@ def test_the_card_of_a_run_says_how_it_was_trained(tiny_config, tmp_path):
     ours, theirs = (read(str(tmp_path / name), ("ema", "online"), True, True) for name in ("again", "run"))
     assert_trees_equal((ours.ema, ours.online, ours.moments), (theirs.ema, theirs.online, theirs.moments))
     assert where != there
+    tiny_config.train.steps = 7
+    train(tiny_config, str(tmp_path / "again"))  # nothing of the run's configuration was lost
 
 
 def test_one_more_step_is_the_step_that_torch_takes(workdir, error):
@@ -159,9 +162,15 @@ def test_training_goes_on_in_a_converted_workdir(tmp_path, new_tiny_config):
     convert(LIGHTNING, str(target), train_state=True, projector=False)
     sizes = networks.open_networks(LIGHTNING).sizes
     config.model.update(sizes)
-    config.train.steps = 1236
+    config.train.update(steps=1236, log_every=1)
+    before = read(str(target), ("ema", "online"), True, False)
     train(config, str(target))
     assert checkpoint.find_checkpoint(str(target))[1] == 1236
+    assert [json.loads(line)["step"] for line in (target / "metrics.jsonl").open()] == [1235, 1236]
+    after = read(str(target), ("ema", "online"), True, False)
+    assert (before.moments[0], after.moments[0]) == (1, 3)
+    first = [bundle.moments[1]["network"]["decoder"]["out"]["kernel"] for bundle in (before, after)]
+    assert np.abs(first[0]).max() > 0 and np.abs(first[1] - 0.9**2 * first[0]).max() < np.abs(first[1]).max()
     config.model.depth = 3
     with pytest.raises(UsageError, match="model.depth: 2 there, 3 here"):
         train(config, str(target))
@@ -193,11 +202,44 @@ def test_nothing_is_lost_when_writing_fails(workdir, tmp_path, monkeypatch):
 
 def test_force_replaces_a_folder_whole(workdir, tmp_path):
     target = tmp_path / "hf"
-    target.mkdir()
-    (target / "old").write_text("old")
+    convert(workdir, str(target), kind="huggingface", weights="online")
     convert(workdir, str(target), kind="huggingface", force=True)
-    assert not (target / "old").exists() and (target / "config.json").exists()
+    assert json.loads((target / "config.json").read_text())["weights"] == "ema"
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+    assert stat.S_IMODE((target / "model.safetensors").stat().st_mode) & 0o044, "others may read it"
+
+
+def test_force_replaces_nothing_that_was_not_made_by_converting(workdir, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("years")
+    (tmp_path / "link").symlink_to(workdir)
+    for target, message in (
+        (tmp_path / "thesis", "holds thesis.tex; --force does not replace it"),
+        (tmp_path / "link", "is, or holds, the source itself"),
+        (pathlib.Path(workdir) / "checkpoints", "is a part of the source"),
+        (pathlib.Path(workdir) / ".." / pathlib.Path(workdir).name, "is, or holds, the source itself"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            convert(workdir, str(target), force=True)
+    assert (tmp_path / "thesis" / "thesis.tex").read_text() == "years"
+    deco_jax.load_pretrained(workdir)
+
+
+def test_a_workdir_is_its_checkpoints_whatever_lies_beside_them(workdir, tmp_path):
+    target = str(tmp_path / "run")
+    convert(LIGHTNING, target)
+    convert(LIGHTNING, target + "/x.safetensors", weights="online")
+    assert_trees_equal(deco_jax.load_pretrained(target)[1], deco_jax.load_pretrained(workdir)[1])
+
+
+@pytest.mark.parametrize("prefix, has", [("denoiser.", "online"), ("ema_denoiser.", "ema")])
+def test_a_file_with_one_set_serves_as_both(tmp_path, prefix, has):
+    tensors = {k: v.numpy() for k, v in open_weights(LIGHTNING).tensors.items() if k.startswith(prefix)}
+    save_file(tensors, tmp_path / "slim.safetensors")
+    convert(str(tmp_path / "slim.safetensors"), str(tmp_path / "run"))
+    expected = deco_jax.load_pretrained(LIGHTNING, has)[1]
+    for weights in ("ema", "online"):
+        assert_trees_equal(deco_jax.load_pretrained(str(tmp_path / "run"), weights)[1], expected)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +256,7 @@ def test_networks_that_cannot_run_yet_are_recognised_and_named(golden, tmp_path,
     [
         (["nothing.ckpt", "x"], "nothing.ckpt does not exist"),
         ([LIGHTNING, "x", "--format=onnx"], "--format=onnx is not known; allowed: checkpoint, safetensors"),
+        ([LIGHTNING, "gs://bucket/x"], "gs://bucket/x is no path"),
         ([LIGHTNING, "x", "--weights=both"], "--weights=both is not known"),
         ([LIGHTNING, "x.safetensors", "--train-state"], "--train-state needs a checkpoint or .ckpt as target"),
     ],
