@@ -28,7 +28,7 @@ def default_config() -> ConfigDict:
     c.seed = 0  # of parameters, data order and every random draw
 
     c.model = m = ConfigDict()
-    m.kind = "deco"  # architecture
+    m.kind = "deco"  # deco; for comparison: baseline (DiT, no decoder), pixnerd (tokens generate the pixels' MLPs)
     m.num_classes = 1000  # labels 0 … num_classes − 1; one more row is the null label
     m.patch_size = 16  # p, pixels along a patch's side
     m.width = 1024  # D, channels of a token
@@ -36,6 +36,7 @@ def default_config() -> ConfigDict:
     m.heads = 16  # attention heads
     m.decoder_width = 32  # d, channels of a pixel (Table 4: 16 and 64 are worse)
     m.decoder_depth = 3  # residual blocks of the pixel decoder (Table 4: 1 and 6 are worse)
+    m.decoder_expansion = 2  # m, only in pixnerd: a generated MLP has m·d hidden channels
     m.dtype = "bfloat16"  # of matrix products; parameters, statistics and losses are fp32
     m.remat = "dots"  # recomputed in the backward pass: none, dots (all but linear layers), full (whole blocks)
     m.scan = True  # one compiled block in a loop; False unrolls: slower to compile, sometimes faster to run

@@ -21,8 +21,9 @@ from flax import linen as nn
 
 from deco_jax.config import default_config
 from deco_jax.diffusion.flow import Draws, shift_time
-from deco_jax.models import DeCo
+from deco_jax.models.build import KINDS, Network
 from deco_jax.porting import names
+from deco_jax.porting.infer import ARCHITECTURES
 from deco_jax.training.state import TrainState
 from deco_jax.training.step import make_trainer
 
@@ -57,24 +58,32 @@ class Golden:
     def group(self, prefix: str) -> dict[str, np.ndarray]:
         return {k.removeprefix(prefix): v for k, v in self.arrays.items() if k.startswith(prefix)}
 
+    @property
+    def kind(self) -> str:
+        """The recorded network's `model.kind`."""
+        return "pixnerd" if "nerf_mlpratio" in self.config else "deco" if "hidden_size_x" in self.config else "baseline"
+
     def sizes(self) -> dict[str, int]:
         """The recorded network's sizes under our names."""
         c = self.config
-        return {
+        blocks = c.get("num_cond_blocks", c["num_blocks"])  # of the transformer; the decoder's come after them
+        known = {
             "num_classes": c["num_classes"],
             "patch_size": c["patch_size"],
             "width": c["hidden_size"],
-            "depth": c["num_cond_blocks"],
+            "depth": blocks,
             "heads": c["num_groups"],
-            "decoder_width": c["hidden_size_x"],
-            "decoder_depth": c["num_blocks"] - c["num_cond_blocks"],
+            "decoder_width": c.get("hidden_size_x"),
+            "decoder_depth": c["num_blocks"] - blocks,
+            "decoder_expansion": c.get("nerf_mlpratio"),
         }
+        return {field: known[field] for field in KINDS[self.kind][1]}
 
-    def model(self, **changes) -> DeCo:
-        return DeCo(**self.sizes() | {"dtype": jnp.float32} | changes)
+    def model(self, **changes) -> Network:
+        return KINDS[self.kind][0](**self.sizes() | {"dtype": jnp.float32} | changes)
 
     def params(self, prefix: str = "param:"):
-        return names.from_torch(names.DECO, self.group(prefix), abstract_params(self.model()))
+        return names.from_torch(ARCHITECTURES[self.kind][0], self.group(prefix), abstract_params(self.model()))
 
     def replay(self):
         """Our training steps with the recorded draws: (final state, metrics of each step)."""
@@ -132,7 +141,7 @@ class Golden:
         return state, history
 
 
-def abstract_params(model: DeCo):
+def abstract_params(model: Network):
     """Shapes of a network's parameters."""
     p = model.patch_size
     inputs = jnp.zeros((1, p, p, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32)

@@ -4,19 +4,29 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from deco_jax.errors import UsageError
+from deco_jax.models.baseline import BaselineDiT
 from deco_jax.models.deco import DeCo
 from deco_jax.models.dit import REMAT_POLICIES
+from deco_jax.models.pixnerd import PixNerd
 
+Network = DeCo | BaselineDiT | PixNerd
+
+_TRANSFORMER = ("num_classes", "patch_size", "width", "depth", "heads")
+# kind: (its module, the sizes that make it). A kind ignores the other sizes in a configuration.
+KINDS: dict[str, tuple[type[Network], tuple[str, ...]]] = {
+    "deco": (DeCo, (*_TRANSFORMER, "decoder_width", "decoder_depth")),
+    "baseline": (BaselineDiT, _TRANSFORMER),
+    "pixnerd": (PixNerd, (*_TRANSFORMER, "decoder_width", "decoder_depth", "decoder_expansion")),
+}
 _CHOICES = {
-    "kind": ("deco",),
+    "kind": tuple(KINDS),
     "dtype": ("bfloat16", "float32"),
     "remat": tuple(REMAT_POLICIES),
     "attention": ("default", "xla", "cudnn"),
 }
-_POSITIVE = ("num_classes", "patch_size", "width", "depth", "heads", "decoder_width", "decoder_depth")
 
 
-def build_model(config: ConfigDict) -> DeCo:
+def build_model(config: ConfigDict) -> Network:
     """The Flax module that `config` (the `model` part of a configuration) describes.
 
     Parameters come from `model.init(key, x, t, labels)["params"]`.
@@ -27,7 +37,8 @@ def build_model(config: ConfigDict) -> DeCo:
     for field, allowed in _CHOICES.items():
         if config[field] not in allowed:
             raise UsageError(f"model.{field}={config[field]!r} is not known; allowed: {', '.join(allowed)}.")
-    for field in _POSITIVE:
+    module, sizes = KINDS[config.kind]
+    for field in sizes:
         if config[field] < 1:
             raise UsageError(f"model.{field}={config[field]} must be at least 1.")
     if config.width % (4 * config.heads):
@@ -35,8 +46,8 @@ def build_model(config: ConfigDict) -> DeCo:
             f"model.width={config.width} with model.heads={config.heads} gives heads of "
             f"{config.width / config.heads:g} channels; the 2-D rotary embedding needs a multiple of 4."
         )
-    return DeCo(
-        **{field: config[field] for field in _POSITIVE},
+    return module(
+        **{field: config[field] for field in sizes},
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
         scan=config.scan,

@@ -4,10 +4,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from deco_jax.errors import UsageError
-from deco_jax.models.dit import Transformer
-from deco_jax.models.layers import LabelEmbedding, Linear, TimeEmbedding, from_patches, rotary_angles, to_patches
+from deco_jax.models.layers import from_patches
 from deco_jax.models.pixel_decoder import PixelDecoder
+from deco_jax.models.trunk import trunk
 
 
 class DeCo(nn.Module):
@@ -50,24 +49,7 @@ class DeCo(nn.Module):
         """
         _, height, width, _ = x_BxHxWx3.shape
         p = self.patch_size
-        _check_sides(height, width, p)
-        if hidden_layer is not None and not 1 <= hidden_layer <= self.depth:
-            raise UsageError(
-                f"hidden_layer={hidden_layer} does not exist; model.depth={self.depth} allows 1 to {self.depth}."
-            )
-
-        pixels_BxNxPx3 = to_patches(x_BxHxWx3, p)
-        # The patch vector is ordered channel first: c·p² + i·p + j.
-        patch_BxNx3P = pixels_BxNxPx3.swapaxes(-1, -2).reshape(*pixels_BxNxPx3.shape[:2], -1)
-        s = Linear(self.width, ("patch", "width"), "xavier", dtype=self.dtype, name="patch_embedding")(patch_BxNx3P)
-        s = nn.with_logical_constraint(s, ("batch", "tokens", "activation_width"))
-
-        tau_BxD = TimeEmbedding(self.width, self.dtype, name="time_embedding")(t_B)
-        label_BxD = LabelEmbedding(self.num_classes, self.width, self.dtype, name="label_embedding")(labels_B)
-        angles_NxK = rotary_angles(height // p, width // p, self.width // self.heads)
-        s, hidden = Transformer(
-            self.depth, self.heads, self.dtype, self.attention, self.remat, self.scan, name="transformer"
-        )(s, nn.silu(tau_BxD + label_BxD), jnp.asarray(angles_NxK), hidden_layer)
+        s, pixels_BxNxPx3, tau_BxD, _, hidden = trunk(self, x_BxHxWx3, t_B, labels_B, hidden_layer)
         s = nn.silu(tau_BxD[:, None, :] + s)
 
         v_BxNxPx3 = PixelDecoder(self.decoder_width, self.decoder_depth, p, self.dtype, self.remat, name="decoder")(
@@ -76,13 +58,3 @@ class DeCo(nn.Module):
         v_BxHxWx3 = from_patches(v_BxNxPx3, height, width, p)
         v_BxHxWx3 = nn.with_logical_constraint(v_BxHxWx3, ("batch", None, None, None))
         return v_BxHxWx3 if hidden_layer is None else (v_BxHxWx3, hidden)
-
-
-def _check_sides(height: int, width: int, patch_size: int) -> None:
-    for name, side in (("height", height), ("width", width)):
-        if side % patch_size or side == 0:
-            lower = side // patch_size * patch_size
-            nearest = f"{lower} and {lower + patch_size}" if lower else f"{patch_size}"
-            raise UsageError(
-                f"image {name}={side} is not divisible by model.patch_size={patch_size}; nearest: {nearest}."
-            )

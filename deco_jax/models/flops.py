@@ -1,9 +1,11 @@
 """Analytic cost of a network. XLA's own count sees the body of a scan once, so it cannot be used."""
 
-from deco_jax.models.deco import DeCo
+from deco_jax.models.baseline import BaselineDiT
+from deco_jax.models.build import Network
+from deco_jax.models.pixnerd import PixNerd
 
 
-def forward_flops(model: DeCo, height: int, width: int) -> float:
+def forward_flops(model: Network, height: int, width: int) -> float:
     """Floating-point operations of one forward pass on one image, 2 a multiply-add, matrix products only.
 
     A training step costs three times that (paper's Table 1 models at 256²: L 155e9, XL 245e9).
@@ -13,6 +15,16 @@ def forward_flops(model: DeCo, height: int, width: int) -> float:
     mlp = int(2 * 4 * d / 3)
     block = tokens * (3 * d * d + d * d + 3 * d * mlp) + 2 * tokens**2 * d + 6 * d * d
     embeddings = tokens * 3 * p * p * d + 256 * d + d * d
-    x = model.decoder_width
-    decoder = tokens * d * p * p * x + pixels * (3 * x + x * x + model.decoder_depth * 5 * x * x + 3 * x)
-    return 2.0 * (model.depth * block + embeddings + decoder)
+    return 2.0 * (model.depth * block + embeddings + _decoder(model, tokens, pixels))
+
+
+def _decoder(model: Network, tokens: int, pixels: int) -> int:
+    """Multiply-adds of what comes after the transformer."""
+    d, p = model.width, model.patch_size
+    if isinstance(model, BaselineDiT):
+        return 2 * d * d + tokens * d * 3 * p * p
+    x, blocks = model.decoder_width, model.decoder_depth
+    if isinstance(model, PixNerd):
+        generated = 2 * model.decoder_expansion * x * x
+        return blocks * (tokens * d * generated + pixels * generated) + pixels * (3 * x + 3 * x)
+    return tokens * d * p * p * x + pixels * (3 * x + x * x + blocks * 5 * x * x + 3 * x)

@@ -11,14 +11,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from deco_jax.diffusion.samplers import SETTINGS
+from deco_jax.models.build import KINDS
 from deco_jax.porting.diffusers_folder import diffusers_files
 from deco_jax.training import checkpoint
 from deco_jax.version import __version__
 
 if TYPE_CHECKING:
     from deco_jax.porting.convert import Bundle
-
-_SIZES = ("kind", "num_classes", "patch_size", "width", "depth", "heads", "decoder_width", "decoder_depth")
 
 
 def write_safetensors(bundle: "Bundle", path: pathlib.Path, weights: str) -> None:
@@ -40,11 +39,12 @@ def write_safetensors(bundle: "Bundle", path: pathlib.Path, weights: str) -> Non
 
 def architecture(bundle: "Bundle") -> dict[str, Any]:
     """The sizes of the network: fields of `config.model`."""
-    return {field: bundle.config.model[field] for field in _SIZES}
+    model = bundle.config.model
+    return {field: model[field] for field in ("kind", *KINDS[model.kind][1])}
 
 
 def write_folder(bundle: "Bundle", path: pathlib.Path, weights: str) -> None:
-    """config.json, model.safetensors, README.md, and what diffusers needs to sample."""
+    """config.json, model.safetensors, README.md, and for DeCo what diffusers needs to sample."""
     path.mkdir()
     write_safetensors(bundle, path / "model.safetensors", weights)
     c = bundle.config
@@ -59,7 +59,7 @@ def write_folder(bundle: "Bundle", path: pathlib.Path, weights: str) -> None:
     }
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (path / "README.md").write_text(model_card(bundle, weights))
-    for name, text in diffusers_files(c.data.image_size).items():
+    for name, text in (diffusers_files(c.data.image_size) if c.model.kind == "deco" else {}).items():
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text(text)
 

@@ -11,7 +11,15 @@ from deco_jax.porting import names
 Shapes = Mapping[str, tuple[int, ...]]
 
 # Building a network takes time and memory that grow with these, before any tensor is looked at.
-LIMITS = {"patch_size": 128, "depth": 1000, "text_depth": 1000, "decoder_depth": 100, "decoder_width": 4096}
+LIMITS = {
+    "num_classes": 10**8,
+    "patch_size": 128,
+    "width": 10**6,
+    "depth": 1000,
+    "text_depth": 1000,
+    "decoder_depth": 100,
+    "decoder_width": 4096,
+}
 
 # Architecture: (its table of names, a tensor that only it has).
 ARCHITECTURES = {

@@ -14,12 +14,13 @@ from ml_collections import ConfigDict
 from deco_jax.config import default_config
 from deco_jax.errors import UsageError
 from deco_jax.models import Projector, build_model
+from deco_jax.models.build import KINDS
 from deco_jax.porting import names
 from deco_jax.porting.files import Weights, open_weights
 from deco_jax.porting.infer import ARCHITECTURES, infer, split_networks
 from deco_jax.training import checkpoint
 
-RUNNABLE = ("deco",)  # architectures that have a Flax module
+RUNNABLE = tuple(KINDS)  # architectures that have a Flax module
 
 
 @dataclasses.dataclass(frozen=True)
