@@ -70,7 +70,7 @@ def model_card(bundle: "Bundle", weights: str) -> str:
     m, count = c.model, sum(x.size for x in jax.tree.leaves(tree))
     table = [
         ("architecture", f"{m.kind}, {m.depth} blocks of width {m.width}, {m.heads} heads, patches of {m.patch_size}"),
-        ("pixel decoder", f"{m.decoder_depth} blocks of width {m.decoder_width}"),
+        *([("pixel decoder", f"{m.decoder_depth} blocks of width {m.decoder_width}")] if m.kind != "baseline" else []),
         ("classes", f"{m.num_classes}, and the null class"),
         ("parameters", f"{count:,}"),
         ("weights", f"{weights} (fp32), step {bundle.step:,}"),
@@ -93,15 +93,21 @@ def model_card(bundle: "Bundle", weights: str) -> str:
     metrics = (
         "## Last logged\n\n" + _table(measured) if measured else "## Metrics\n\nNone are recorded with these weights."
     )
-    g = c.sample
+    g, name = c.sample, {"deco": "DeCo", "baseline": "Baseline DiT", "pixnerd": "PixNerd"}[m.kind]
+    origin = "DeCo, arXiv 2511.19365" if m.kind == "deco" else f"{name}, as compared with in DeCo, arXiv 2511.19365"
     call = f"class_labels=[0], num_inference_steps={g.steps}, guidance_scale={g.guidance}"
+    in_torch = f"""
+model = DeCo.from_safetensors("THIS_FOLDER/model.safetensors")  # PyTorch: transformer/torch_model.py
+# diffusers
+pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", custom_pipeline="THIS_FOLDER", trust_remote_code=True)
+images = pipe({call}).images"""
     return f"""---
 library_name: deco_jax
 tags: [pixel-diffusion, class-to-image]
 ---
-# DeCo {m.width}×{m.depth}, {c.data.image_size}²
+# {name} {m.width}×{m.depth}, {c.data.image_size}²
 
-A pixel diffusion network (DeCo, arXiv 2511.19365), exported by deco_jax {__version__}.
+A pixel diffusion network ({origin}), exported by deco_jax {__version__}.
 
 {_table(table)}
 
@@ -112,11 +118,7 @@ A pixel diffusion network (DeCo, arXiv 2511.19365), exported by deco_jax {__vers
 ## Use
 
 ```python
-model, params = deco_jax.load_pretrained("THIS_FOLDER")  # JAX
-model = DeCo.from_safetensors("THIS_FOLDER/model.safetensors")  # PyTorch: transformer/torch_model.py
-# diffusers
-pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", custom_pipeline="THIS_FOLDER", trust_remote_code=True)
-images = pipe({call}).images
+model, params = deco_jax.load_pretrained("THIS_FOLDER")  # JAX{in_torch if m.kind == "deco" else ""}
 ```
 """
 

@@ -9,7 +9,9 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from deco_jax.config import default_config
 from deco_jax.errors import UsageError
+from deco_jax.models.build import KINDS
 from deco_jax.parallel import mesh as meshes
 from deco_jax.training import checkpoint
 from deco_jax.training.state import TrainState, init_state
@@ -100,11 +102,11 @@ def find_weights(config: ConfigDict) -> tuple[pathlib.Path, int] | None:
     if not path:
         return None
     folder, step = checkpoint.find_checkpoint(path)
-    theirs, ours = checkpoint.read_meta(folder, step)["config"]["model"], config.model.to_dict()
+    theirs = default_config().model.to_dict() | checkpoint.read_meta(folder, step)["config"]["model"]
     different = [
-        f"model.{field}: {theirs.get(field)} there, {value} here"
-        for field, value in ours.items()
-        if theirs.get(field) != value and field not in ("dtype", "remat", "scan", "attention")
+        f"model.{field}: {theirs[field]} there, {config.model[field]} here"
+        for field in ("kind", *KINDS[config.model.kind][1])
+        if theirs[field] != config.model[field]
     ]
     if different:
         raise UsageError(f"train.init_from={path} holds another network: {'; '.join(different)}.")

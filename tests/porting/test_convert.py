@@ -242,12 +242,29 @@ def test_a_file_with_one_set_serves_as_both(tmp_path, prefix, has):
         assert_trees_equal(deco_jax.load_pretrained(str(tmp_path / "run"), weights)[1], expected)
 
 
-@pytest.mark.parametrize(
-    "case, kind", [("baseline_dit", "baseline"), ("pixnerd", "pixnerd"), ("deco_t2i", "deco_text")]
-)
-def test_networks_that_cannot_run_yet_are_recognised_and_named(golden, tmp_path, case, kind):
-    save_file(golden(case).group("param:"), tmp_path / "x.safetensors")
-    with pytest.raises(UsageError, match=rf"holds a {kind} network \(patch_size 8, width 32, depth [23], heads 2"):
+@pytest.mark.parametrize("case", ["baseline_dit", "pixnerd"])
+def test_the_comparison_networks_open_compute_and_convert(golden, error, tmp_path, case):
+    """From a file of PyTorch's, from a checkpoint made of it, and from a folder made of that."""
+    g = golden(case)
+    save_file(g.group("param:"), tmp_path / "x.safetensors")
+    convert(str(tmp_path / "x.safetensors"), str(tmp_path / "run"))
+    convert(str(tmp_path / "run"), str(tmp_path / "hf"), kind="huggingface")
+    for name in ("x.safetensors", "run", "hf"):
+        model, params = deco_jax.load_pretrained(str(tmp_path / name))
+        assert {field: getattr(model, field) for field in g.sizes()} == g.sizes()
+        v = model.clone(dtype=np.float32).apply({"params": params}, g.image("x"), g["t"], g["y"].astype(np.int32))
+        assert error(v, g.image("out")) < 2e-5
+    for name, value in load_file(tmp_path / "hf" / "model.safetensors").items():
+        np.testing.assert_array_equal(value, g[f"param:{name}"])
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["kind"] == g.kind
+    files = {path.name for path in (tmp_path / "hf").iterdir()}
+    assert files == {"config.json", "model.safetensors", "README.md"}, "diffusers and PyTorch know only DeCo"
+    assert "DeCo.from_safetensors" not in (tmp_path / "hf" / "README.md").read_text()
+
+
+def test_networks_that_cannot_run_yet_are_recognised_and_named(golden, tmp_path):
+    save_file(golden("deco_t2i").group("param:"), tmp_path / "x.safetensors")
+    with pytest.raises(UsageError, match=r"holds a deco_text network \(patch_size 8, width 32, depth [23], heads 2"):
         deco_jax.load_pretrained(str(tmp_path / "x.safetensors"))
 
 

@@ -1,0 +1,103 @@
+"""PixNerd, a network of the paper's comparisons: every token generates the MLP that its own pixels pass through."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array, lax
+
+from deco_jax.models.dit import REMAT_POLICIES
+from deco_jax.models.layers import Linear, from_patches, rms_norm
+from deco_jax.models.pixel_decoder import PixelQuery, pixel_position_features
+from deco_jax.models.trunk import trunk
+
+
+class PixNerd(nn.Module):
+    """Class-conditional PixNerd (SPEC section 3): DeCo's transformer, another decoder."""
+
+    num_classes: int  # labels run from 0 to num_classes − 1; num_classes itself is the null label
+    patch_size: int  # p
+    width: int  # D, channels of a token
+    depth: int  # L, DiT blocks
+    heads: int  # h
+    decoder_width: int  # d, channels of a pixel
+    decoder_depth: int  # blocks of the decoder
+    decoder_expansion: int = 2  # m: a generated MLP has m·d hidden channels
+    dtype: jnp.dtype = jnp.bfloat16  # of the matrix products; parameters and statistics are fp32
+    remat: str = "none"  # what the backward pass recomputes: none, dots or full
+    scan: bool = True  # one compiled DiT block looped over, or all blocks unrolled
+    attention: str | None = None  # implementation of jax.nn.dot_product_attention
+
+    @property
+    def null_label(self) -> int:
+        """The label that means "no class"."""
+        return self.num_classes
+
+    @nn.compact
+    def __call__(
+        self, x_BxHxWx3: Array, t_B: Array, labels_B: Array, *, hidden_layer: int | None = None
+    ) -> Array | tuple[Array, Array]:
+        """Predicts the velocity v = image − noise. Arguments, results and errors are those of `DeCo`."""
+        _, height, width, _ = x_BxHxWx3.shape
+        s, pixels_BxNxPx3, tau_BxD, _, hidden = trunk(self, x_BxHxWx3, t_B, labels_B, hidden_layer)
+        s = nn.silu(tau_BxD[:, None, :] + s)
+        v_BxNxPx3 = FieldDecoder(
+            self.decoder_width,
+            self.decoder_depth,
+            self.decoder_expansion,
+            self.patch_size,
+            self.dtype,
+            self.remat,
+            name="decoder",
+        )(pixels_BxNxPx3, s)
+        v_BxHxWx3 = from_patches(v_BxNxPx3, height, width, self.patch_size)
+        v_BxHxWx3 = nn.with_logical_constraint(v_BxHxWx3, ("batch", None, None, None))
+        return v_BxHxWx3 if hidden_layer is None else (v_BxHxWx3, hidden)
+
+
+class FieldBlock(nn.Module):
+    """q ← q + SiLU(RMS(q)·W₁)·W₂; the token generates W₁ (d × md) and W₂ (md × d), whose columns have length 1."""
+
+    expansion: int  # m
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, q_BxNxPxd: Array, tokens_BxNxD: Array) -> Array:
+        """Pixels (B, N, p², d) and the tokens they belong to → pixels."""
+        d = q_BxNxPxd.shape[-1]
+        hidden = self.expansion * d
+        generated = Linear((2, d * hidden), ("width", None, "generated"), dtype=self.dtype, name="generator")(
+            tokens_BxNxD
+        )
+        w1 = _unit_columns(generated[..., 0, :].reshape(*generated.shape[:2], d, hidden))
+        w2 = _unit_columns(generated[..., 1, :].reshape(*generated.shape[:2], hidden, d))
+        return q_BxNxPxd + nn.silu(rms_norm("decoder_width", self.dtype, "norm")(q_BxNxPxd) @ w1) @ w2
+
+
+class FieldDecoder(nn.Module):
+    """Decodes the velocity of every pixel from its noised colour and its place, by MLPs that its token makes."""
+
+    width: int  # d, channels of a pixel
+    depth: int  # blocks
+    expansion: int  # m
+    patch_size: int  # pixels along a patch's side
+    dtype: jnp.dtype
+    remat: str  # a key of REMAT_POLICIES
+
+    @nn.compact
+    def __call__(self, pixels_BxNxPx3: Array, tokens_BxNxD: Array) -> Array:
+        """pixels: noised RGB, patch by patch; tokens: the transformer's output. Returns v̂, fp32, shaped as pixels."""
+        position_Px64 = jnp.asarray(pixel_position_features(self.patch_size))
+        q = PixelQuery(self.width, self.dtype, name="query")(pixels_BxNxPx3, position_Px64)
+        block = FieldBlock
+        if self.remat != "none":
+            block = nn.remat(FieldBlock, policy=REMAT_POLICIES[self.remat])
+        for j in range(self.depth):
+            q = block(self.expansion, self.dtype, name=f"block_{j}")(q, tokens_BxNxD)
+        q = rms_norm("decoder_width", self.dtype, "norm")(q)
+        return Linear(3, ("decoder_width", None), dtype=self.dtype, name="out")(q).astype(jnp.float32)
+
+
+def _unit_columns(w_BxNxIxO: Array) -> Array:
+    """Divides by the length along the input axis, computed in fp32; same dtype back."""
+    w = w_BxNxIxO.astype(jnp.float32)
+    squares = jnp.sum(w * w, axis=-2, keepdims=True)
+    return (w * lax.rsqrt(jnp.maximum(squares, 1e-24))).astype(w_BxNxIxO.dtype)

@@ -1,0 +1,73 @@
+"""What the class-conditional networks share: from noised pixels, time and label to tokens (SPEC 2, steps 1 to 6)."""
+
+from typing import NamedTuple, Protocol
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from deco_jax.errors import UsageError
+from deco_jax.models.dit import Transformer
+from deco_jax.models.layers import LabelEmbedding, Linear, TimeEmbedding, rotary_angles, to_patches
+
+
+class Sizes(Protocol):
+    """The fields of a network that its trunk reads; `DeCo` says what they mean."""
+
+    num_classes: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    dtype: jnp.dtype
+    remat: str
+    scan: bool
+    attention: str | None
+
+
+class Trunk(NamedTuple):
+    """What a decoder may need."""
+
+    tokens_BxNxD: Array  # after the last block
+    pixels_BxNxPx3: Array  # the noised image, patch by patch
+    tau_BxD: Array  # τ, embedding of the time
+    condition_BxD: Array  # SiLU(τ + label)
+    hidden_BxNxD: Array | None  # tokens after the block that was asked for
+
+
+def trunk(network: Sizes, x_BxHxWx3: Array, t_B: Array, labels_B: Array, hidden_layer: int | None) -> Trunk:
+    """Embeds patches, time and label, and runs the transformer. To be called in `network`'s own compact method.
+
+    Raises:
+      UsageError: an image side is no multiple of the patch size, or there is no block `hidden_layer`.
+    """
+    n, p = network, network.patch_size
+    _, height, width, _ = x_BxHxWx3.shape
+    _check_sides(height, width, p)
+    if hidden_layer is not None and not 1 <= hidden_layer <= n.depth:
+        raise UsageError(f"hidden_layer={hidden_layer} does not exist; model.depth={n.depth} allows 1 to {n.depth}.")
+
+    pixels_BxNxPx3 = to_patches(x_BxHxWx3, p)
+    # The patch vector is ordered channel first: c·p² + i·p + j.
+    patch_BxNx3P = pixels_BxNxPx3.swapaxes(-1, -2).reshape(*pixels_BxNxPx3.shape[:2], -1)
+    s = Linear(n.width, ("patch", "width"), "xavier", dtype=n.dtype, name="patch_embedding")(patch_BxNx3P)
+    s = nn.with_logical_constraint(s, ("batch", "tokens", "activation_width"))
+
+    tau_BxD = TimeEmbedding(n.width, n.dtype, name="time_embedding")(t_B)
+    label_BxD = LabelEmbedding(n.num_classes, n.width, n.dtype, name="label_embedding")(labels_B)
+    condition_BxD = nn.silu(tau_BxD + label_BxD)
+    angles_NxK = rotary_angles(height // p, width // p, n.width // n.heads)
+    s, hidden = Transformer(n.depth, n.heads, n.dtype, n.attention, n.remat, n.scan, name="transformer")(
+        s, condition_BxD, jnp.asarray(angles_NxK), hidden_layer
+    )
+    return Trunk(s, pixels_BxNxPx3, tau_BxD, condition_BxD, hidden)
+
+
+def _check_sides(height: int, width: int, patch_size: int) -> None:
+    for name, side in (("height", height), ("width", width)):
+        if side % patch_size or side == 0:
+            lower = side // patch_size * patch_size
+            nearest = f"{lower} and {lower + patch_size}" if lower else f"{patch_size}"
+            raise UsageError(
+                f"image {name}={side} is not divisible by model.patch_size={patch_size}; nearest: {nearest}."
+            )

@@ -1,0 +1,133 @@
+"""The baseline DiT against the recorded PyTorch network: outputs, hidden tokens, loss, and every gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from deco_jax.config import check_config, default_config
+from deco_jax.errors import UsageError
+from deco_jax.models import BaselineDiT, build_model
+from deco_jax.models.flops import forward_flops
+from deco_jax.porting import names
+
+# The same parameters through ways of compiling the blocks.
+VARIANTS = {"scanned": {}, "unrolled": {"scan": False}, "scanned, full remat": {"remat": "full"}}
+
+
+def new_config(**changes):
+    config = default_config()
+    config.model.update(kind="baseline", **changes)
+    return config
+
+
+def apply(model, g, x, params=None, **options):
+    return model.apply(
+        {"params": g.params() if params is None else params}, x, g["t"], g["y"].astype(np.int32), **options
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_outputs_equal_the_recorded_ones(golden, error, variant):
+    g = golden("baseline_dit")
+    layer = g.config["align_layer"]
+    v, tokens = apply(g.model(**VARIANTS[variant]), g, g.image("x"), hidden_layer=layer)
+    assert isinstance(g.model(), BaselineDiT) and v.dtype == jnp.float32
+    assert error(v, g.image("out")) < 2e-5
+    assert error(tokens, g[f"hidden_after_block{layer}"]) < 2e-5
+    assert error(apply(g.model(**VARIANTS[variant]), g, g.image("x")), v) < 1e-6
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_equal_the_recorded_ones(golden, error, variant):
+    g = golden("baseline_dit")
+    model, target = g.model(**VARIANTS[variant]), g.image("target")
+
+    def loss(params, x):
+        return jnp.mean((apply(model, g, x, params) - target) ** 2)
+
+    value, (by_params, by_x) = jax.jit(jax.value_and_grad(loss, (0, 1)))(g.params(), g.image("x"))
+    assert error(value, g["loss"]) < 2e-5
+    assert error(by_x, g.image("grad_x")) < 1e-4
+    ours, theirs = names.to_torch(names.BASELINE, by_params), g.group("grad:")
+    assert ours.keys() == theirs.keys(), "a parameter without a recorded gradient, or the reverse"
+    for name in theirs:
+        assert error(ours[name], theirs[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize(
+    "width, depth, shapes, parameters", [(1024, 24, "baseline_l", 459_171_584), (1152, 28, "baseline_xl", 676_360_128)]
+)
+def test_full_size_parameters(full_size_shapes, shapes_of, width, depth, shapes, parameters):
+    """Counts of the paper's models, and every tensor of the published ones in its shape, nothing left over."""
+    abstract = shapes_of(build_model(new_config(width=width, depth=depth).model))
+    assert sum(x.size for x in jax.tree.leaves(abstract)) == parameters
+    published = {
+        name: np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), shape, (0,) * len(shape))  # holds no memory
+        for name, shape in full_size_shapes[shapes].items()
+    }
+    filled = names.from_torch(names.BASELINE, published, abstract)
+    assert jax.tree.map(lambda x: x.shape, filled) == jax.tree.map(lambda x: x.shape, abstract)
+
+
+def test_bfloat16_computes_in_bfloat16_and_returns_float32(golden, error):
+    g = golden("baseline_dit")
+    v, tokens = apply(g.model(dtype=jnp.bfloat16), g, g.image("x"), hidden_layer=1)
+    assert v.dtype == jnp.float32 and tokens.dtype == jnp.bfloat16
+    assert 1e-4 < error(v, g.image("out")) < 0.05
+
+
+def test_initialisation_is_the_published_one():
+    """What differs from DeCo, whose test covers the shared transformer, and one spot of that."""
+    model = build_model(new_config(width=96, depth=3, heads=4, patch_size=8, num_classes=2000).model)
+    inputs = jnp.zeros((1, 16, 16, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
+    tensors = names.to_torch(names.BASELINE, nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), *inputs)["params"]))
+    assert all(value.dtype == np.float32 for value in tensors.values())
+
+    def uniform(name, bound):
+        assert 0.9 * bound < np.abs(tensors[name]).max() <= bound, name
+        assert abs(tensors[name].std() / (bound / np.sqrt(3)) - 1) < 0.2, name
+
+    for name, value in tensors.items():
+        if name.startswith("final_layer"):
+            assert not value.any(), name
+    assert not tensors["x_embedder.proj.bias"].any()
+    uniform("x_embedder.proj.weight", np.sqrt(6 / (96 + 3 * 64)))
+    uniform("blocks.1.adaLN_modulation.0.weight", 1 / np.sqrt(96))
+    uniform("blocks.1.adaLN_modulation.0.bias", 1 / np.sqrt(96))
+
+
+def test_flops_agree_with_the_compiler():
+    """The analytic count against XLA's on an unrolled network. Elementwise work is what XLA counts more."""
+    model = build_model(
+        new_config(width=256, depth=2, heads=4, num_classes=10, scan=False, remat="none", dtype="float32").model
+    )
+    inputs = jnp.zeros((1, 128, 128, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    counted = jax.jit(model.apply).lower(params, *inputs).compile().cost_analysis()["flops"]
+    assert 0.9 < forward_flops(model, 128, 128) / counted <= 1.0
+
+
+@pytest.mark.parametrize("width, depth, gflops", [(1024, 24, 162), (1152, 28, 238)])
+def test_flops_of_the_full_size_models(width, depth, gflops):
+    assert round(forward_flops(build_model(new_config(width=width, depth=depth).model), 256, 256) / 1e9) == gflops
+
+
+def test_it_has_no_decoder_to_configure():
+    """Fields that only other kinds use may hold anything; its own are checked and named."""
+    check_config(new_config(decoder_width=0, decoder_depth=0, decoder_expansion=0))
+    with pytest.raises(UsageError, match="model.depth=0 must be at least 1"):
+        check_config(new_config(depth=0))
+    with pytest.raises(UsageError, match="model.width=1024 with model.heads=3"):
+        check_config(new_config(heads=3))
+
+
+def test_bad_inputs_are_named(golden):
+    g = golden("baseline_dit")
+    with pytest.raises(UsageError, match="height=20 is not divisible by model.patch_size=8; nearest: 16 and 24"):
+        apply(g.model(), g, jnp.zeros((2, 20, 40, 3)))
+    with pytest.raises(UsageError, match="hidden_layer=4 does not exist"):
+        apply(g.model(), g, g.image("x"), hidden_layer=4)
+    assert apply(g.model(), g, jnp.zeros((2, 8, 40, 3))).shape == (2, 8, 40, 3)
+    assert g.model().null_label == 10
