@@ -10,4 +10,4 @@ source launch/venv.sh
 make_venv ".[${EXTRAS:-test}]"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile "$@"
+exec .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"
