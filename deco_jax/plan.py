@@ -28,7 +28,7 @@ from deco_jax.parallel import hlo
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel.hardware import GIB, Accelerator
 from deco_jax.parallel.topology import Topology, make_devices, parse_topology
-from deco_jax.sampling import _compiled
+from deco_jax.sampling import compiled_sampler
 from deco_jax.training.start import abstract_state, check_devices
 from deco_jax.training.state import TrainState
 from deco_jax.training.step import Trainer, jit_step, make_trainer
@@ -163,7 +163,7 @@ class Program:
             if not self.sampler:
                 return jit_step(self.trainer, state, self.mesh).lower(state, *batch)
             c = self.config.sample
-            run = _compiled(
+            run = compiled_sampler(
                 self.trainer.network, c.steps, float(c.guidance), tuple(c.guidance_interval), float(c.shift), c.solver
             )
             return run.lower(state.ema, *batch)
@@ -283,16 +283,16 @@ def _estimate(program: Program) -> Report:
     used = sum(memory.values())
     # Parameters are read twice, gradients written and read, activations too; state is read and written by the update.
     state = memory["parameters"] + memory["ema"] + memory["optimizer"]
-    traffic = 2 * memory["parameters"] + 2 * memory["gradients"] + 2 * state
-    traffic += 2 * saved * config.optimizer.accumulation
+    parts = config.optimizer.accumulation  # each reads the parameters and adds to the gradients
+    traffic = parts * (2 * memory["parameters"] + 2 * memory["gradients"] + 2 * saved) + 2 * state
     width = jnp.dtype(config.model.dtype).itemsize
     whole = sum(x.size for x in jax.tree.leaves(program.state.params)) * width
     fsdp, data = mesh.shape["fsdp"], mesh.shape["data"]
     kinds = {}
     if fsdp > 1:
         part = whole * (fsdp - 1) / fsdp
-        kinds["all-gather"] = {"times": 2, "bytes": 2 * whole, "wire_bytes": 2 * part}
-        kinds["reduce-scatter"] = {"times": 1, "bytes": whole, "wire_bytes": part}
+        kinds["all-gather"] = {"times": 2 * parts, "bytes": 2 * parts * whole, "wire_bytes": 2 * parts * part}
+        kinds["reduce-scatter"] = {"times": parts, "bytes": parts * whole, "wire_bytes": parts * part}
     if data > 1:
         kinds["all-reduce"] = {"times": 1, "bytes": whole / fsdp, "wire_bytes": 2 * whole / fsdp * (data - 1) / data}
     memory |= {"used": used, "available": accelerator.hbm}

@@ -1,7 +1,7 @@
 """`deco_jax.sample`: images from a network, its parameters and labels."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -57,7 +57,7 @@ def sample(
         noise = image_noise(key, jnp.arange(len(labels_B)), (height, width, 3))
     if noise.ndim != 4 or noise.shape[0] != len(labels_B) or noise.shape[3] != 3:
         raise UsageError(f"noise has shape {noise.shape}; {len(labels_B)} labels need ({len(labels_B)}, H, W, 3).")
-    run = _compiled(model, steps, float(guidance), tuple(map(float, guidance_interval)), float(shift), solver)
+    run = compiled_sampler(model, steps, float(guidance), tuple(map(float, guidance_interval)), float(shift), solver)
     return run(params, jnp.asarray(noise), jnp.asarray(labels_B, jnp.int32))
 
 
@@ -90,7 +90,9 @@ def image_noise(key: Array, indices: Array, shape: tuple[int, int, int]) -> Arra
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(model, steps, guidance, interval, shift, solver):
+def compiled_sampler(
+    model: nn.Module, steps: int, guidance: float, interval: tuple[float, float], shift: float, solver: str
+) -> Callable[..., Array]:
     """The jitted solver for these settings; (params, noise, labels) → images."""
     times = time_grid(steps, shift)
 
