@@ -20,12 +20,15 @@ if __name__ == "__main__":
 import numpy as np
 
 from deco_jax.config import default_config
+from deco_jax.encoders import teacher as teachers
+from deco_jax.encoders.dinov2 import DINOv2
 from deco_jax.parallel import mesh as meshes
 from deco_jax.sampling import image_noise, sample
 from deco_jax.training.start import abstract_state, check_devices
 from deco_jax.training.step import jit_step, make_trainer
 
 BATCH, SIDE, SETTINGS = 16, 28, {"steps": 3, "guidance": 2.0, "guidance_interval": (0.3, 1.0)}
+TEACHER = DINOv2(24, 2, 2, patch_size=14, image_patch=7, table_side=3, dtype=np.dtype("float32"))
 CASES = {  # settings that differ from the reference's
     "data": {"mesh.preset": "data"},
     "fsdp": {"mesh.preset": "fsdp"},
@@ -65,7 +68,7 @@ def any_state(abstract):
 def compute(changes, devices):
     """One step's metrics and first moments (a tenth of the gradients), and images, as numpy; another step; the mesh."""
     config = make_config(changes)
-    trainer, mesh = make_trainer(config), meshes.make_mesh(config.mesh, devices)
+    trainer, mesh = make_trainer(config, TEACHER), meshes.make_mesh(config.mesh, devices)
     check_devices(config, mesh)
     abstract = abstract_state(trainer, mesh)
     state = any_state(abstract)
@@ -73,7 +76,6 @@ def compute(changes, devices):
     batch = {
         "image": rng.integers(0, 256, (BATCH, SIDE, SIDE, 3), np.uint8),
         "label": rng.integers(0, 10, BATCH).astype(np.int32),
-        "features": rng.normal(size=(BATCH, (SIDE // 7) ** 2, 24)).astype(np.float32),
     }
     noise = image_noise(jax.random.key(0), np.arange(BATCH), (SIDE, SIDE, 3))
     with meshes.use_mesh(mesh):
@@ -83,8 +85,12 @@ def compute(changes, devices):
         step = jit_step(trainer, abstract, mesh)
         placed = meshes.place_batch(batch, mesh, np.arange(BATCH), BATCH)
         notes = meshes.place_notes(False, np.full(BATCH, -1), mesh, np.arange(BATCH), BATCH)
-        state, metrics, _ = step(state, placed, notes)
-    return jax.device_get((metrics, state.opt_state[0].mu)), images, lambda: step(state, placed, notes)[0], mesh
+        shapes = teachers.abstract_params(TEACHER, mesh)
+        params = jax.tree.map(lambda p: rng.normal(0, 0.2, p.shape).astype(np.float32), shapes)
+        teacher = teachers.place(teachers.Teacher(TEACHER, params, ""), mesh)
+        state, metrics, _ = step(state, placed, notes, teacher)
+    results = jax.device_get((metrics, state.opt_state[0].mu))
+    return results, images, lambda: step(state, placed, notes, teacher)[0], mesh
 
 
 def errors(reference, case):

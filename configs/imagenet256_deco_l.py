@@ -2,10 +2,9 @@
 
   deco train --config configs/imagenet256_deco_l.py --workdir DIR --config.data.path=TFDS_DIR
 
+The teacher, DINOv2 ViT-B/14, is downloaded from Hugging Face or found as `deco_jax/config.py` says under `teacher`.
 Hardware: upstream used 8 × A800 80 GB, 0.24 s a step, 27.5 GB a GPU (paper, Table 1). This project has not run it yet.
-Expected with representation alignment, Euler-50, no guidance: FID-50K 31.35, sFID 9.34, IS 48.35 (paper, Table 1).
-Without the alignment term, as this file trains until the teacher network is there: 67.55, 10.58, 19.10.
-All from the paper; not reproduced here.
+Expected with Euler-50 and no guidance: FID-50K 31.35, sFID 9.34, IS 48.35 (paper, Table 1; not reproduced here).
 """
 
 from ml_collections import ConfigDict
@@ -25,6 +24,9 @@ def get_config() -> ConfigDict:
     c.data.image_size = 256
     c.data.batch_size = 256
     c.flow.null_probability = 0.1  # the L runs; XL uses 0.2
+    c.loss.alignment_weight = 0.5  # REPA: tokens after block 8, DINOv2 ViT-B/14
+    c.loss.alignment_layer = 8
+    c.loss.alignment_features = 768
     c.optimizer.lr = 1e-4  # constant
     c.train.steps = 200_000
     c.sample.steps = 50  # Euler

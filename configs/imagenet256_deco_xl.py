@@ -2,10 +2,10 @@
 
   deco train --config configs/imagenet256_deco_xl.py --workdir DIR --config.data.path=TFDS_DIR --config.mesh.fsdp=8
 
+The teacher, DINOv2 ViT-B/14, is downloaded from Hugging Face or found as `deco_jax/config.py` says under `teacher`.
 Hardware: a node of 8 GPUs with 80 GB or a TPU slice. This project has not run it yet.
-Expected with representation alignment, Euler-100, guidance in (0.1, 1]: FID-50K 2.57 at 80 epochs, 1.90 at 320
-(guidance 3.2), 1.71 at 800 (guidance 3.0) (paper; not reproduced here). The alignment term joins when the teacher
-network is there.
+Expected with Euler-100 and guidance in (0.1, 1]: FID-50K 2.57 at 80 epochs, 1.90 at 320 (guidance 3.2), 1.71 at 800
+(guidance 3.0) (paper; not reproduced here).
 """
 
 from ml_collections import ConfigDict
@@ -25,6 +25,9 @@ def get_config() -> ConfigDict:
     c.data.image_size = 256
     c.data.batch_size = 256
     c.flow.null_probability = 0.2
+    c.loss.alignment_weight = 0.5  # REPA: tokens after block 8, DINOv2 ViT-B/14
+    c.loss.alignment_layer = 8
+    c.loss.alignment_features = 768
     c.optimizer.lr = 1e-4  # constant
     c.train.steps = 4_000_000
     c.train.keep_every = 400_000  # every 80 epochs, the points the paper reports

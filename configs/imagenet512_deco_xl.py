@@ -4,9 +4,9 @@
     --config.train.init_from=WORKDIR_OF_THE_256_RUN
 
 Rotary positions span [0, 16] at every size and the decoder works in its patch, so no parameter is new or changes shape.
+The teacher, DINOv2 ViT-B/14, sees 448² of these images: 32×32 features for 32×32 tokens.
 Hardware: upstream used 16 examples × 8 GPUs × 2 accumulation steps. This project has not run it yet.
-Expected with representation alignment, from 256² at 320 epochs, Euler-100, guidance 5.0: FID-50K 2.22 (paper; not
-reproduced here).
+Expected from 256² at 320 epochs, Euler-100, guidance 5.0: FID-50K 2.22 (paper; not reproduced here).
 """
 
 from ml_collections import ConfigDict
@@ -26,6 +26,9 @@ def get_config() -> ConfigDict:
     c.data.image_size = 512  # 1024 tokens
     c.data.batch_size = 256
     c.flow.null_probability = 0.2
+    c.loss.alignment_weight = 0.5  # REPA: tokens after block 8, DINOv2 ViT-B/14
+    c.loss.alignment_layer = 8
+    c.loss.alignment_features = 768
     c.optimizer.lr = 1e-4  # constant
     c.optimizer.accumulation = 2  # as upstream; 1 where memory allows, with the same result
     c.train.steps = 100_000

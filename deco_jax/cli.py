@@ -13,12 +13,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `deco` and `python -m deco_jax`."""
     parser = argparse.ArgumentParser(prog="deco", description="DeCo: frequency-decoupled pixel diffusion in JAX.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_prepare(commands)
     _add_train(commands)
     _add_sample(commands)
+    _add_spectra(commands)
     _add_plan(commands)
     _add_convert(commands)
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command not in ("train", "plan"):
+    if rest and args.command not in ("prepare", "train", "plan"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         args.run(args, rest)
@@ -43,6 +45,25 @@ def _add_command(commands, name: str, run, text: str) -> argparse.ArgumentParser
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run)
     return parser
+
+
+def _add_prepare(commands) -> None:
+    parser = _add_command(commands, "prepare", _prepare, "Compute and store what never changes about the images.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="configs/NAME.py, or FILE:ARGUMENT")
+    parser.add_argument("--teacher", action="store_true", required=True, help="its features are what is prepared")
+    parser.add_argument("--out", required=True, metavar="DIR", help="of the features; gone on with if it holds some")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time, on each process (default: 64)")
+    parser.epilog = "Any setting of the file: --config.PART.FIELD=VALUE, for instance --config.data.path=DIR"
+
+
+def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
+    from deco_jax.config import load_config
+    from deco_jax.data.prepare import prepare_teacher
+    from deco_jax.parallel.distributed import initialize
+
+    config = load_config(args.config, overrides)
+    initialize(config.train.heartbeat_timeout)
+    prepare_teacher(config, args.out, args.batch_size)
 
 
 def _add_train(commands) -> None:
@@ -106,6 +127,44 @@ def _sample(args: argparse.Namespace, _: list[str]) -> None:
     )
 
 
+def _add_spectra(commands) -> None:
+    text = "Over which frequencies does the energy of a transformer's output lie, and of its network's velocity?"
+    parser = _add_command(commands, "spectra", _spectra, text)
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="workdir, checkpoint, .ckpt, .pt, .safetensors or folder"
+    )
+    parser.add_argument(
+        "--against", nargs="+", action="extend", default=[], metavar="PATH", help="networks to put beside it"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="gets spectra.json, spectra.csv and spectra.png")
+    parser.add_argument("--num", type=int, default=64, help="images a network (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, the same for every network (default: 0)")
+    trained = "(default: as the run's configuration says; else"
+    parser.add_argument("--steps", type=int, help=f"of the Euler solver {trained} 50)")
+    parser.add_argument("--shift", type=float, help=f"time shift, above 1 = more steps near noise {trained} 1)")
+    parser.add_argument("--image-size", type=int, help=f"pixels along a side {trained} 256)")
+    parser.add_argument("--batch-size", type=int, default=16, help="images at a time (default: 16)")
+    parser.add_argument("--weights", choices=("ema", "online"), default="ema", help="default: ema")
+    parser.add_argument("--overwrite", action="store_true", help="replace spectra already in --out")
+
+
+def _spectra(args: argparse.Namespace, _: list[str]) -> None:
+    from deco_jax.evaluation.spectra import spectra_to_folder
+
+    spectra_to_folder(
+        [args.checkpoint, *args.against],
+        args.out,
+        num=args.num,
+        seed=args.seed,
+        steps=args.steps,
+        shift=args.shift,
+        image_size=args.image_size,
+        batch_size=args.batch_size,
+        weights=args.weights,
+        overwrite=args.overwrite,
+    )
+
+
 def _add_convert(commands) -> None:
     parser = _add_command(commands, "convert", _convert, "Carry weights between this project and PyTorch.")
     parser.add_argument("source", metavar="SRC", help="workdir, checkpoint, .ckpt, .pt, .pth, .safetensors or folder")
@@ -115,6 +174,7 @@ def _add_convert(commands) -> None:
     parser.add_argument("--train-state", action="store_true", help="also optimiser, step and projector, to train on")
     parser.add_argument("--without-projector", action="store_true", help="with --train-state: to train without REPA")
     parser.add_argument("--image-size", type=int, help="it was trained on, if SRC does not say (default: 256)")
+    parser.add_argument("--prediction", help="velocity or image, if SRC does not say (default: velocity)")
     parser.add_argument("--force", action="store_true", help="replace DST, if it is a file or made by this command")
 
 
@@ -129,6 +189,7 @@ def _convert(args: argparse.Namespace, _: list[str]) -> None:
         train_state=args.train_state,
         projector=not args.without_projector,
         image_size=args.image_size,
+        prediction=args.prediction,
         force=args.force,
     )
 

@@ -6,6 +6,7 @@ does not stand here is an error that names the nearest one, and a value of anoth
 
 import difflib
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from deco_jax.data.sources import SOURCES
 from deco_jax.diffusion.flow import TIME_DISTRIBUTIONS
 from deco_jax.diffusion.frequency import WEIGHT_MODES
 from deco_jax.diffusion.samplers import SETTINGS, check_sampling
+from deco_jax.encoders.teacher import check_grids
 from deco_jax.errors import UsageError
 from deco_jax.models import build_model
 from deco_jax.parallel.mesh import axis_sizes
@@ -34,8 +36,11 @@ def default_config() -> ConfigDict:
     m.width = 1024  # D, channels of a token
     m.depth = 22  # L, DiT blocks
     m.heads = 16  # attention heads
+    m.prediction = "velocity"  # of the last layer: velocity, or image (the paper's JiT), of which the velocity is made
     m.decoder_width = 32  # d, channels of a pixel (Table 4: 16 and 64 are worse)
     m.decoder_depth = 3  # residual blocks of the pixel decoder (Table 4: 1 and 6 are worse)
+    m.decoder_patch = 1  # only in deco: pixels along the side of what a decoder's query stands for (4, 16 are worse)
+    m.decoder_interaction = "adaln"  # only in deco: how tokens reach queries; add: once, by addition (worse)
     m.decoder_expansion = 2  # m, only in pixnerd: a generated MLP has m·d hidden channels
     m.dtype = "bfloat16"  # of matrix products; parameters, statistics and losses are fp32
     m.remat = "dots"  # recomputed in the backward pass: none, dots (all but linear layers), full (whole blocks)
@@ -62,9 +67,14 @@ def default_config() -> ConfigDict:
     s.frequency_quality = 85  # JPEG quality behind its weights, 1 … 100 (Table 4: 50 and 100 are worse)
     s.frequency_mode = "inv_gamma"  # (mean Q/Q)^gamma, or inv: 1/Q
     s.frequency_gamma = 1.0  # see mode
-    s.alignment_weight = 0.0  # of L_REPA (paper: 0.5); needs teacher features in the batch
+    s.alignment_weight = 0.0  # of L_REPA (paper: 0.5); 0 = off, and no teacher is needed
     s.alignment_layer = 8  # tokens after this DiT block are aligned
     s.alignment_features = 768  # channels of the teacher's features (DINOv2 ViT-B/14)
+
+    c.teacher = h = ConfigDict()
+    h.weights = "facebook/dinov2-base"  # DINOv2: a file, a folder, or a name (downloaded from Hugging Face if that)
+    h.cache = "~/.cache/deco_jax"  # folder where names are looked up and downloads go
+    h.stored = ""  # folder of features that `deco prepare --teacher` wrote; "" = computed in every step
 
     c.optimizer = o = ConfigDict()
     o.lr = 1e-4  # AdamW's learning rate
@@ -161,7 +171,7 @@ def _override(config: ConfigDict, override: str) -> ConfigDict:
 def _last_line(error: Exception) -> str:
     """The library's message for a field that does not exist ends with "Did you mean …"; it arrives as a repr."""
     lines = [line.strip(" '") for line in str(error).replace("\\n", "\n").splitlines() if line.strip(" '")]
-    return lines[-1].removeprefix("TypeError: ")
+    return re.sub(r"^[\w.]+Error: ", "", lines[-1])
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -186,6 +196,7 @@ _RANGES = {
     "loss.frequency_weight": (0, None),
     "loss.frequency_quality": (1, 100),
     "loss.alignment_weight": (0, None),
+    "loss.alignment_features": (1, None),
     "optimizer.lr": (0, None),
     "optimizer.beta1": (0, 1),
     "optimizer.beta2": (0, 1),
@@ -233,6 +244,8 @@ def check_config(config: ConfigDict) -> None:
     tensor = axis_sizes(config.mesh)["tensor"]
     if tensor > 0 and model.heads % tensor:
         raise UsageError(f"mesh.tensor={tensor} must divide model.heads={model.heads}.")
+    if config.loss.alignment_weight:
+        check_grids(config)
     if size % p:
         lower = max(size // p, 1) * p
         raise UsageError(

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from deco_jax.config import load_config
 from deco_jax.diffusion.flow import Draws
 from deco_jax.diffusion.samplers import guided_steps, time_grid
+from deco_jax.encoders.teacher import abstract_params, default_teacher
 from deco_jax.errors import UsageError
 from deco_jax.models.flops import forward_flops
 from deco_jax.parallel import hlo
@@ -31,7 +32,7 @@ from deco_jax.parallel.topology import Topology, make_devices, parse_topology
 from deco_jax.sampling import compiled_sampler
 from deco_jax.training.start import abstract_state, check_devices
 from deco_jax.training.state import TrainState
-from deco_jax.training.step import Trainer, jit_step, make_trainer
+from deco_jax.training.step import Trainer, jit_step, make_trainer, step_flops
 
 Report = dict[str, Any]  # what --json prints
 
@@ -79,7 +80,8 @@ def plan(
         if batch is not None:
             config.data.batch_size = batch * meshes.batch_devices(mesh)
         check_devices(config, mesh)
-        program = Program(config, make_trainer(config), mesh, place, sampler)
+        teacher = default_teacher(config) if config.loss.alignment_weight and not config.teacher.stored else None
+        program = Program(config, make_trainer(config, teacher), mesh, place, sampler)
         say(f"{place.name}: {program.name} at {program.per_device} images a device …")
         report = analyse(program)
         used, available = (report["memory"][name] for name in ("used", "available"))
@@ -138,17 +140,25 @@ class Program:
         if self.sampler:
             return batched(side, side, 3, dtype=jnp.float32), batched(dtype=jnp.int32)
         batch = {"image": batched(side, side, 3, dtype=jnp.uint8), "label": batched(dtype=jnp.int32)}
-        if config.loss.alignment_weight:
+        if config.loss.alignment_weight and self.trainer.teacher is None:
             tokens = (side // config.model.patch_size) ** 2
-            batch["features"] = batched(tokens, config.loss.alignment_features, dtype=jnp.float32)
+            batch["features"] = batched(tokens, config.loss.alignment_features, dtype=jnp.float16)
         notes = (self.mesh.size, 1 + self.per_device)
         return batch, jax.ShapeDtypeStruct(notes, jnp.int32, sharding=meshes.notes_sharding(self.mesh))
+
+    @functools.cached_property
+    def teacher(self) -> Any:
+        """Shapes and shardings of the teacher's parameters; None if it does not take part."""
+        teacher = self.trainer.teacher
+        return None if self.sampler or teacher is None else abstract_params(teacher, self.mesh)
 
     def memory(self) -> dict[str, float]:
         """Bytes of the program's arguments on a device."""
         parts = {"ema": self.state.ema, "batch": self.batch}
         if not self.sampler:
             parts |= {"parameters": self.state.params, "optimizer": self.state.opt_state}
+        if self.teacher is not None:
+            parts["teacher"] = self.teacher
         return {
             name: float(
                 sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(part))
@@ -161,7 +171,7 @@ class Program:
         state, batch = self.state, self.batch
         with meshes.use_mesh(self.mesh):
             if not self.sampler:
-                return jit_step(self.trainer, state, self.mesh).lower(state, *batch)
+                return jit_step(self.trainer, state, self.mesh).lower(state, *batch, self.teacher)
             c = self.config.sample
             run = compiled_sampler(
                 self.trainer.network, c.steps, float(c.guidance), tuple(c.guidance_interval), float(c.shift), c.solver
@@ -181,7 +191,8 @@ class Program:
         blocks = forward - forward_flops(network.clone(depth=0), side, side)
         attention = network.depth * 4 * (side // network.patch_size) ** 4 * network.width
         again = {"none": 0.0, "dots": attention, "full": blocks}[network.remat]
-        return images * 3 * forward, images * (3 * forward + again)
+        model = step_flops(self.trainer, side)
+        return images * model, images * (model + again)
 
 
 def analyse(program: Program) -> Report:
@@ -285,6 +296,7 @@ def _estimate(program: Program) -> Report:
     state = memory["parameters"] + memory["ema"] + memory["optimizer"]
     parts = config.optimizer.accumulation  # each reads the parameters and adds to the gradients
     traffic = parts * (2 * memory["parameters"] + 2 * memory["gradients"] + 2 * saved) + 2 * state
+    traffic += parts * memory.get("teacher", 0.0)
     width = jnp.dtype(config.model.dtype).itemsize
     whole = sum(x.size for x in jax.tree.leaves(program.state.params)) * width
     fsdp, data = mesh.shape["fsdp"], mesh.shape["data"]

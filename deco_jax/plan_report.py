@@ -10,6 +10,7 @@ _MEMORY = {
     "parameters": "fp32",
     "ema": "fp32",
     "optimizer": "two moments, fp32",
+    "teacher": "frozen; linear layers in the run's dtype",
     "batch": "",
     "temporaries": "activations, gradients, gathered parameters",
     "activations": "saved for the backward pass, and one block's",

@@ -6,13 +6,23 @@ import jax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from deco_jax.config import default_config
 from deco_jax.errors import UsageError
 from deco_jax.models import build_model
-from deco_jax.porting.networks import is_weight_file, model_config, open_networks, parameter_shapes, read_network
+from deco_jax.porting.networks import (
+    is_weight_file,
+    model_config,
+    open_networks,
+    parameter_shapes,
+    read_network,
+    settle_prediction,
+)
 from deco_jax.training import checkpoint
 
 
-def load_pretrained(path: str, weights: Literal["ema", "online"] = "ema") -> tuple[nn.Module, Any]:
+def load_pretrained(
+    path: str, weights: Literal["ema", "online"] = "ema", prediction: Literal["velocity", "image"] | None = None
+) -> tuple[nn.Module, Any]:
     """Opens a trained network, wherever it comes from; architecture and sizes are in the file.
 
     Args:
@@ -21,21 +31,26 @@ def load_pretrained(path: str, weights: Literal["ema", "online"] = "ema") -> tup
         folder. Neither torch nor any code in a file is used (docs/security.md).
       weights: the moving average, or the weights that were being trained; the same where a file does not
         say which it holds.
+      prediction: what the network predicts, for files that do not say. Ours do; others are taken for velocity, a
+        baseline with a warning, as upstream trains it both ways. Whatever it is, `model` returns velocities.
 
     Returns:
       (model, params): for `model.apply({"params": params}, x, t, labels)` and `deco_jax.sample`.
 
     Raises:
-      UsageError: there is nothing to open, no such weights, or tensors are missing, left over or misshapen.
+      UsageError: there is nothing to open, no such weights, tensors are missing, left over or misshapen, or the file
+        says that it predicts something else.
     """
     if weights not in ("ema", "online"):
         raise UsageError(f"weights={weights!r} is not known; allowed: ema, online.")
     if is_weight_file(path):
-        stored = open_networks(path)
+        stored = open_networks(path, prediction)
         model, params = build_model(model_config(stored)), read_network(stored, weights)
         return model, jax.tree.map(lambda x: jax.device_put(x, may_alias=True), params)
     folder, step = checkpoint.find_checkpoint(path)
-    config = ConfigDict(checkpoint.read_meta(folder, step)["config"]["model"])
+    # A field that is younger than the checkpoint had, in effect, its default.
+    config = ConfigDict(default_config().model.to_dict() | checkpoint.read_meta(folder, step)["config"]["model"])
+    settle_prediction(path, [config.prediction], prediction)
     config.attention = "default"  # the run's choice may not exist on this machine
     model = build_model(config)
     params = checkpoint.restore_part(folder, step, _wanted(model, weights))

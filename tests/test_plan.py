@@ -158,6 +158,22 @@ def test_gpus_are_estimated_and_marked_as_such(monkeypatch):
     assert one["collectives"]["all-gather"]["wire_bytes"] == pytest.approx(2 * 7 / 8 * 4 * one["parameters"])
 
 
+def test_a_teacher_takes_memory_arithmetic_and_no_part_of_the_sampler():
+    """ViT-B/14 by hand: 86,579,712 parameters without the mask token, linear layers' kernels in bfloat16."""
+    aligned = ["model.patch_size=16", "data.image_size=32", "loss.alignment_weight=0.5", "model.dtype=bfloat16"]
+    aligned = [f"--config.{setting}" for setting in (*aligned, "loss.alignment_layer=2")]
+    without, with_teacher = (
+        tiny_plan("h100:8", *aligned, *more) for more in (["--config.loss.alignment_weight=0"], [])
+    )
+    size = with_teacher["memory"]["teacher"]
+    block = 2304 + 768 + 3072 + 768 + 4 * 768 + 2 * 768  # biases, norms, factors
+    assert size == 2 * 86_579_712 + 2 * ((1 + 37**2 + 1) * 768 + 12 * block + 3 * 768)
+    assert "teacher" not in without["memory"] and f"{size / 2**20:.2f} MiB" in to_text(with_teacher)
+    tokens, d = 5, 768
+    forward = 12 * (tokens * 12 * d * d + 2 * tokens**2 * d) + 4 * 3 * 14**2 * d
+    assert with_teacher["flops"]["model"] - without["flops"]["model"] == 2 * 2 * forward  # 2 images a device
+
+
 def test_what_the_forward_pass_keeps_follows_remat(tiny_config):
     """Against a count by hand: with "full", a block keeps only its input, (N, D) numbers an image and layer."""
     tiny_config.model.remat = "full"

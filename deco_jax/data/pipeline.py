@@ -14,12 +14,15 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict
 
+from deco_jax.data.features import StoredFeatures
 from deco_jax.data.sources import Source
 from deco_jax.errors import UsageError
 
@@ -31,25 +34,24 @@ class LoadShare(grain.transforms.Map):
     """Reads this process's rows of a global batch of indices."""
 
     source: Source
+    features: StoredFeatures | None
     rows: np.ndarray
     max_bad_records: int
 
     def map(self, indices_B: np.ndarray) -> Batch:
-        """(B,) → of each of the R rows image (R, H, W, 3) uint8, label (R,) int32, bad (R,) int32."""
-        images, labels, bad = zip(*(self._load(int(index)) for index in indices_B[self.rows]), strict=True)
-        return {
-            "image": np.stack(images),
-            "label": np.array(labels, np.int32),
-            "bad": np.array(bad, np.int32),
-        }
+        """(B,) → of each of the R rows what `batches` yields."""
+        rows = [self._load(int(index)) for index in indices_B[self.rows]]
+        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
-    def _load(self, index: int) -> tuple[np.ndarray, int, int]:
-        """A record and −1; if it cannot be read, the next one that can and the number of the bad one."""
+    def _load(self, index: int) -> Batch:
+        """A record, bad being −1; if it cannot be read, the next one that can, and the number of the bad one."""
         tries = min(self.max_bad_records + 1, len(self.source))
         for offset in range(tries):
+            record = (index + offset) % len(self.source)
             try:
-                image, label = self.source.load((index + offset) % len(self.source))
-                return image, label, -1 if offset == 0 else index
+                image, label = self.source.load(record)
+                row = {"image": image, "label": np.int32(label), "bad": np.int32(-1 if offset == 0 else index)}
+                return row if self.features is None else row | {"features": self.features[record]}
             except Exception as error:  # whatever a decoder throws at a broken file
                 reason = error
         raise UsageError(
@@ -73,7 +75,7 @@ class BadRecords:
                 continue
             try:
                 self.source.load(index)
-                reason = "readable now"
+                reason = "its image is readable now"
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
             logging.warning("Skipped unreadable record %d: %s (%s)", len(self.seen), self.last, reason)
@@ -85,7 +87,12 @@ class BadRecords:
 
 
 def batches(
-    config: ConfigDict, seed: int, source: Source, start: int, rows: np.ndarray | None = None
+    config: ConfigDict,
+    seed: int,
+    source: Source,
+    start: int,
+    rows: np.ndarray | None = None,
+    features: StoredFeatures | None = None,
 ) -> Iterator[Batch]:
     """This process's rows of the global batches from number `start` on, without end.
 
@@ -95,19 +102,27 @@ def batches(
       source: the records.
       start: the first batch's number.
       rows: which R of a batch's B rows to read; None = all.
+      features: a teacher's, of the same records; one without counts as unreadable.
 
     Yields:
-      image (R, H, W, 3) uint8, label (R,) int32, bad (R,) int32 (see `BadRecords`; −1 = a good record).
+      image (R, H, W, 3) uint8, label (R,) int32, bad (R,) int32 (see `BadRecords`; −1 = a good record), and of stored
+      features those of the records that were read: features (R, N, F) float16.
     """
-    load = LoadShare(source, np.arange(config.batch_size) if rows is None else rows, config.max_bad_records)
+    rows = np.arange(config.batch_size) if rows is None else rows
+    load = LoadShare(source, features, rows, config.max_bad_records)
     indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(config.batch_size)
-    # Threads and buffers count batches, of up to 50 MB each.
+    yield from read_ahead(indices[start:].map(load), config.workers)
+
+
+def read_ahead(dataset: grain.MapDataset, workers: int) -> Iterator[Any]:
+    """The elements of `dataset` (one at least) in order, made ahead by so many processes; 0 = threads in this one."""
+    # Threads and buffers count batches: of up to 50 MB each, with stored features (256², 256 rows) 150 MB.
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
-    dataset = indices[start:].map(load).to_iter_dataset(options)
-    if config.workers:
+    dataset = dataset.to_iter_dataset(options)
+    if workers:
         if not flags.FLAGS.is_parsed():  # grain reads absl's flags when it starts workers
             flags.FLAGS.mark_as_parsed()
-        options = grain.MultiprocessingOptions(num_workers=config.workers)
+        options = grain.MultiprocessingOptions(num_workers=workers)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
     with _stop_signals_blocked():
         iterator = iter(dataset)
@@ -137,6 +152,7 @@ def _stop_signals_blocked() -> Iterator[None]:
 
     Terminals and schedulers signal every process of a run; the main one saves, and then ends its workers.
     """
+    resource_tracker.ensure_running()  # the first worker's start would do it, and unblock both
     signals = {signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:

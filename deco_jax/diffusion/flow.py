@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 TIME_DISTRIBUTIONS = ("lognorm", "uniform")
+PREDICTIONS = ("velocity", "image")  # what the last layer of a network puts out
+NEAREST_TO_DATA = 0.05  # least 1 − t by which is divided
 
 
 class Draws(NamedTuple):
@@ -59,6 +61,16 @@ def interpolate(image_BxHxWx3: Array, noise_BxHxWx3: Array, t_B: Array) -> tuple
     """Returns (x_t, v): the noised image t·image + (1 − t)·noise and its velocity image − noise."""
     t = t_B[:, None, None, None]
     return t * image_BxHxWx3 + (1 - t) * noise_BxHxWx3, image_BxHxWx3 - noise_BxHxWx3
+
+
+def velocity_to(image_BxHxWx3: Array, x_BxHxWx3: Array, t_B: Array) -> Array:
+    """The velocity from x_t to an image: (image − x_t)/max(1 − t, 0.05), fp32 (SPEC section 3).
+
+    Of the true image it is image − noise up to t = 0.95, and shorter beyond. A network that predicts images is
+    turned into one of velocities by it, and its loss has it for a target; so the two are never mixed up.
+    """
+    remaining = jnp.maximum(1 - t_B.astype(jnp.float32), NEAREST_TO_DATA)[:, None, None, None]
+    return (image_BxHxWx3.astype(jnp.float32) - x_BxHxWx3.astype(jnp.float32)) / remaining
 
 
 def to_float(image_uint8: Array) -> Array:

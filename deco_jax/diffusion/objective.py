@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array
 
-from deco_jax.diffusion.flow import Draws, interpolate
+from deco_jax.diffusion.flow import Draws, interpolate, velocity_to
 from deco_jax.diffusion.frequency import frequency_loss, frequency_weights
 
 
@@ -20,6 +20,7 @@ class Objective:
     frequency_gamma: float
     alignment_weight: float  # 0 needs neither projector nor features
     alignment_layer: int  # tokens after this block are aligned, 1 is the first
+    prediction: str  # what the network's velocity is made of: velocity, or image (see flow.velocity_to)
 
     def __call__(
         self,
@@ -47,6 +48,8 @@ class Objective:
           loss_frequency and loss_alignment, each before its weight.
         """
         x_t, v = interpolate(images_BxHxWx3, draws.noise_BxHxWx3, draws.t_B)
+        if self.prediction == "image":
+            v = velocity_to(images_BxHxWx3, x_t, draws.t_B)
         labels_B = jnp.where(draws.drop_B, null_label, labels_B)
         if self.alignment_weight:
             v_hat, tokens = network(x_t, draws.t_B, labels_B, hidden_layer=self.alignment_layer)

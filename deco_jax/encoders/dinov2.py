@@ -48,6 +48,15 @@ def prepare_image(image_BxHxWx3: Array, patch_size: int = 14, image_patch: int =
     return resize_bicubic(normal, height // image_patch * patch_size, width // image_patch * patch_size)
 
 
+def forward_flops(model: "DINOv2", height: int, width: int) -> float:
+    """Floating-point operations of one forward pass on one image, 2 a multiply-add, matrix products only."""
+    d, patches = model.width, (height // model.image_patch) * (width // model.image_patch)
+    tokens = patches + 1 + model.registers
+    mlp = (2 if model.mlp == "gelu" else 3) * mlp_width(d, model.mlp)
+    block = tokens * (4 * d * d + mlp * d) + 2 * tokens**2 * d
+    return 2.0 * (model.depth * block + patches * 3 * model.patch_size**2 * d)
+
+
 class Attention(nn.Module):
     """Self-attention, scale 1/√e, with biases."""
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from deco_jax.models.layers import Linear, from_patches, layer_norm, modulate
-from deco_jax.models.trunk import trunk
+from deco_jax.models.trunk import to_velocity, trunk
 
 
 class BaselineDiT(nn.Module):
@@ -19,6 +19,7 @@ class BaselineDiT(nn.Module):
     width: int  # D, channels of a token
     depth: int  # L, DiT blocks
     heads: int  # h
+    prediction: str = "velocity"  # what the last layer puts out: velocity, or image, turned into one (SPEC section 3)
     dtype: jnp.dtype = jnp.bfloat16  # of the matrix products; parameters and statistics are fp32
     remat: str = "none"  # what the backward pass recomputes: none, dots or full
     scan: bool = True  # one compiled block looped over, or all blocks unrolled
@@ -44,7 +45,7 @@ class BaselineDiT(nn.Module):
         shift, scale = modulation_Bx2xD[:, :1], modulation_Bx2xD[:, 1:]
         s = modulate(layer_norm(None, self.dtype, "out_norm")(s), shift, scale)
         # Ordered channel first, as the patch vector at the input.
-        v_BxNx3xP = Linear((3, p * p), ("width", None, "pixels"), "zeros", dtype=self.dtype, name="out")(s)
-        v_BxHxWx3 = from_patches(v_BxNx3xP.swapaxes(-1, -2).astype(jnp.float32), height, width, p)
-        v_BxHxWx3 = nn.with_logical_constraint(v_BxHxWx3, ("batch", None, None, None))
+        out_BxNx3xP = Linear((3, p * p), ("width", None, "pixels"), "zeros", dtype=self.dtype, name="out")(s)
+        out_BxHxWx3 = from_patches(out_BxNx3xP.swapaxes(-1, -2).astype(jnp.float32), height, width, p)
+        v_BxHxWx3 = to_velocity(self, out_BxHxWx3, x_BxHxWx3, t_B)
         return v_BxHxWx3 if hidden_layer is None else (v_BxHxWx3, hidden)

@@ -6,7 +6,7 @@ from jax import Array
 
 from deco_jax.models.layers import from_patches
 from deco_jax.models.pixel_decoder import PixelDecoder
-from deco_jax.models.trunk import trunk
+from deco_jax.models.trunk import to_velocity, trunk
 
 
 class DeCo(nn.Module):
@@ -19,6 +19,9 @@ class DeCo(nn.Module):
     heads: int  # h
     decoder_width: int  # d, channels of a pixel
     decoder_depth: int  # residual blocks of the pixel decoder
+    decoder_patch: int = 1  # r: a query of the pixel decoder stands for r × r pixels
+    decoder_interaction: str = "adaln"  # how the tokens reach the queries, adaln or add (see PixelDecoder)
+    prediction: str = "velocity"  # what the last layer puts out: velocity, or image, turned into one (SPEC section 3)
     dtype: jnp.dtype = jnp.bfloat16  # of the matrix products; parameters and statistics are fp32
     remat: str = "none"  # what the backward pass recomputes: none, dots or full
     scan: bool = True  # one compiled block looped over, or all blocks unrolled
@@ -52,9 +55,15 @@ class DeCo(nn.Module):
         s, pixels_BxNxPx3, tau_BxD, _, hidden = trunk(self, x_BxHxWx3, t_B, labels_B, hidden_layer)
         s = nn.silu(tau_BxD[:, None, :] + s)
 
-        v_BxNxPx3 = PixelDecoder(self.decoder_width, self.decoder_depth, p, self.dtype, self.remat, name="decoder")(
-            pixels_BxNxPx3, s
-        )
-        v_BxHxWx3 = from_patches(v_BxNxPx3, height, width, p)
-        v_BxHxWx3 = nn.with_logical_constraint(v_BxHxWx3, ("batch", None, None, None))
+        out_BxNxPx3 = PixelDecoder(
+            self.decoder_width,
+            self.decoder_depth,
+            p,
+            self.decoder_patch,
+            self.decoder_interaction,
+            self.dtype,
+            self.remat,
+            name="decoder",
+        )(pixels_BxNxPx3, s)
+        v_BxHxWx3 = to_velocity(self, from_patches(out_BxNxPx3, height, width, p), x_BxHxWx3, t_B)
         return v_BxHxWx3 if hidden_layer is None else (v_BxHxWx3, hidden)

@@ -27,4 +27,6 @@ def _decoder(model: Network, tokens: int, pixels: int) -> int:
     if isinstance(model, PixNerd):
         generated = 2 * model.decoder_expansion * x * x
         return blocks * (tokens * d * generated + pixels * generated) + pixels * (3 * x + 3 * x)
-    return tokens * d * p * p * x + pixels * (3 * x + x * x + blocks * 5 * x * x + 3 * x)
+    colours = 3 * model.decoder_patch**2  # of a query's square
+    queries, block = 3 * pixels // colours, (5 if model.decoder_interaction == "adaln" else 2) * x * x
+    return queries * (d * x + 2 * colours * x + x * x + blocks * block)

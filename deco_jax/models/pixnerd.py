@@ -7,7 +7,7 @@ from jax import Array, lax
 from deco_jax.models.dit import REMAT_POLICIES
 from deco_jax.models.layers import Linear, from_patches, rms_norm
 from deco_jax.models.pixel_decoder import PixelQuery, pixel_position_features
-from deco_jax.models.trunk import trunk
+from deco_jax.models.trunk import to_velocity, trunk
 
 
 class PixNerd(nn.Module):
@@ -21,6 +21,7 @@ class PixNerd(nn.Module):
     decoder_width: int  # d, channels of a pixel
     decoder_depth: int  # blocks of the decoder
     decoder_expansion: int = 2  # m: a generated MLP has m·d hidden channels
+    prediction: str = "velocity"  # what the last layer puts out: velocity, or image, turned into one (SPEC section 3)
     dtype: jnp.dtype = jnp.bfloat16  # of the matrix products; parameters and statistics are fp32
     remat: str = "none"  # what the backward pass recomputes: none, dots or full
     scan: bool = True  # one compiled DiT block looped over, or all blocks unrolled
@@ -39,7 +40,7 @@ class PixNerd(nn.Module):
         _, height, width, _ = x_BxHxWx3.shape
         s, pixels_BxNxPx3, tau_BxD, _, hidden = trunk(self, x_BxHxWx3, t_B, labels_B, hidden_layer)
         s = nn.silu(tau_BxD[:, None, :] + s)
-        v_BxNxPx3 = FieldDecoder(
+        out_BxNxPx3 = FieldDecoder(
             self.decoder_width,
             self.decoder_depth,
             self.decoder_expansion,
@@ -48,8 +49,7 @@ class PixNerd(nn.Module):
             self.remat,
             name="decoder",
         )(pixels_BxNxPx3, s)
-        v_BxHxWx3 = from_patches(v_BxNxPx3, height, width, self.patch_size)
-        v_BxHxWx3 = nn.with_logical_constraint(v_BxHxWx3, ("batch", None, None, None))
+        v_BxHxWx3 = to_velocity(self, from_patches(out_BxNxPx3, height, width, self.patch_size), x_BxHxWx3, t_B)
         return v_BxHxWx3 if hidden_layer is None else (v_BxHxWx3, hidden)
 
 
@@ -73,7 +73,7 @@ class FieldBlock(nn.Module):
 
 
 class FieldDecoder(nn.Module):
-    """Decodes the velocity of every pixel from its noised colour and its place, by MLPs that its token makes."""
+    """Decodes every pixel of the output from its noised colour and its place, by MLPs that its token makes."""
 
     width: int  # d, channels of a pixel
     depth: int  # blocks
@@ -84,7 +84,7 @@ class FieldDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, pixels_BxNxPx3: Array, tokens_BxNxD: Array) -> Array:
-        """pixels: noised RGB, patch by patch; tokens: the transformer's output. Returns v̂, fp32, shaped as pixels."""
+        """pixels: noised RGB, patch by patch; tokens: the transformer's output. Returns fp32, shaped as pixels."""
         position_Px64 = jnp.asarray(pixel_position_features(self.patch_size))
         q = PixelQuery(self.width, self.dtype, name="query")(pixels_BxNxPx3, position_Px64)
         block = FieldBlock

@@ -1,4 +1,4 @@
-"""What the class-conditional networks share: from noised pixels, time and label to tokens (SPEC 2, steps 1 to 6)."""
+"""What the class-conditional networks share: from noised pixels to tokens (SPEC 2, 1 to 6); what they return."""
 
 from typing import NamedTuple, Protocol
 
@@ -6,19 +6,21 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from deco_jax.diffusion.flow import velocity_to
 from deco_jax.errors import UsageError
 from deco_jax.models.dit import Transformer
 from deco_jax.models.layers import LabelEmbedding, Linear, TimeEmbedding, rotary_angles, to_patches
 
 
 class Sizes(Protocol):
-    """The fields of a network that its trunk reads; `DeCo` says what they mean."""
+    """The fields of a network that are read here; `DeCo` says what they mean."""
 
     num_classes: int
     patch_size: int
     width: int
     depth: int
     heads: int
+    prediction: str
     dtype: jnp.dtype
     remat: str
     scan: bool
@@ -55,12 +57,22 @@ def trunk(network: Sizes, x_BxHxWx3: Array, t_B: Array, labels_B: Array, hidden_
 
     tau_BxD = TimeEmbedding(n.width, n.dtype, name="time_embedding")(t_B)
     label_BxD = LabelEmbedding(n.num_classes, n.width, n.dtype, name="label_embedding")(labels_B)
-    condition_BxD = nn.silu(tau_BxD + label_BxD)
+    condition_BxD = nn.with_logical_constraint(nn.silu(tau_BxD + label_BxD), ("batch", "activation_width"))
     angles_NxK = rotary_angles(height // p, width // p, n.width // n.heads)
     s, hidden = Transformer(n.depth, n.heads, n.dtype, n.attention, n.remat, n.scan, name="transformer")(
         s, condition_BxD, jnp.asarray(angles_NxK), hidden_layer
     )
     return Trunk(s, pixels_BxNxPx3, tau_BxD, condition_BxD, hidden)
+
+
+def to_velocity(network: Sizes, out_BxHxWx3: Array, x_BxHxWx3: Array, t_B: Array) -> Array:
+    """The velocity that `network` returns: the output of its last layer, or the way to the image which that is.
+
+    As this belongs to the network, no solver, guidance or loss can take the one for the other.
+    """
+    if network.prediction == "image":
+        out_BxHxWx3 = velocity_to(out_BxHxWx3, x_BxHxWx3, t_B)
+    return nn.with_logical_constraint(out_BxHxWx3, ("batch", None, None, None))
 
 
 def _check_sides(height: int, width: int, patch_size: int) -> None:

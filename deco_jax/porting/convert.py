@@ -16,6 +16,7 @@ from tqdm import tqdm
 from deco_jax.config import default_config, flatten
 from deco_jax.errors import UsageError
 from deco_jax.models import build_model
+from deco_jax.models.build import KINDS
 from deco_jax.porting import folder, moments, names, networks
 from deco_jax.porting.diffusers_folder import diffusers_files
 from deco_jax.porting.infer import ARCHITECTURES
@@ -62,6 +63,7 @@ def convert(
     train_state: bool = False,
     projector: bool = True,
     image_size: int | None = None,
+    prediction: str | None = None,
     force: bool = False,
 ) -> None:
     """Writes the network in `source` to `target`; beside it first, under its name when complete.
@@ -74,6 +76,7 @@ def convert(
       train_state: carry the optimiser's moments, the step and the projector as well, so that training goes on.
       projector: with train_state; False leaves it out, for training on without representation alignment.
       image_size: side of the images it was trained on, for sources that do not say (256 otherwise).
+      prediction: what the network predicts, velocity or image, for sources that do not say (velocity otherwise).
       force: replace `target` if it is a file, or a folder that was made by converting.
 
     Raises:
@@ -95,7 +98,9 @@ def convert(
     if kind == "ckpt":
         moments.require_torch()
     wanted = ("ema", "online") if kind in ("checkpoint", "ckpt") else (weights,)
-    bundle = read(source, wanted, train_state, projector)
+    bundle = read(source, wanted, train_state, projector, prediction)
+    if kind != "checkpoint":
+        folder.check_known_to_pytorch(bundle)
     if image_size is not None:
         bundle.config.data.image_size = image_size
     write = {
@@ -124,21 +129,24 @@ def _check_target(path: pathlib.Path, target: str, source: pathlib.Path, force: 
         raise UsageError(f"{target} was not made by converting, as it holds {strange[0]}; --force does not replace it.")
 
 
-def read(source: str, wanted: Iterable[str], train_state: bool, projector: bool) -> Bundle:
+def read(
+    source: str, wanted: Iterable[str], train_state: bool, projector: bool, prediction: str | None = None
+) -> Bundle:
     """Reads a source of any kind; see `convert`."""
-    if networks.is_weight_file(source):
-        return _read_weight_file(source, wanted, train_state, projector)
-    return _read_checkpoint(source, wanted, train_state, projector)
+    reader = _read_weight_file if networks.is_weight_file(source) else _read_checkpoint
+    return reader(source, wanted, train_state, projector, prediction)
 
 
-def _read_weight_file(source: str, wanted: Iterable[str], train_state: bool, projector: bool) -> Bundle:
-    stored = networks.open_networks(source)
+def _read_weight_file(
+    source: str, wanted: Iterable[str], train_state: bool, projector: bool, prediction: str | None
+) -> Bundle:
+    stored = networks.open_networks(source, prediction)
     config = default_config()
     if isinstance(stored.file.config.get("training"), dict):  # a folder of ours
         _apply(config, stored.file.config["training"])
     config.model = networks.model_config(stored)
-    sizes = (f"model.{field}" for field in stored.sizes)
-    decisive = (*sizes, "loss.alignment_weight", "loss.alignment_features", "optimizer.clip_norm")
+    network = (f"model.{field}" for field in ("kind", *KINDS[config.model.kind][1]))
+    decisive = (*network, "loss.alignment_weight", "loss.alignment_features", "optimizer.clip_norm")
     bundle = Bundle(config, origin=source, step=_step(stored), decisive=decisive)
     if train_state and not stored.file.rest.get("optimizer_states"):
         raise UsageError(f"{source} holds no optimiser state; convert it without --train-state.")
@@ -165,11 +173,14 @@ def _step(stored: networks.Stored) -> int:
     return int(said) if str(said).isdecimal() and len(str(said)) < 10 else 0
 
 
-def _read_checkpoint(source: str, wanted: Iterable[str], train_state: bool, projector: bool) -> Bundle:
+def _read_checkpoint(
+    source: str, wanted: Iterable[str], train_state: bool, projector: bool, prediction: str | None
+) -> Bundle:
     where, step = checkpoint.find_checkpoint(source)
     meta = checkpoint.read_meta(where, step)
     config = default_config()
     _apply(config, meta["config"])
+    networks.settle_prediction(source, [config.model.prediction], prediction)
     config.model.attention = "default"  # the run's choice may not exist on this machine
     if train_state and meta.get("weights_only"):
         raise UsageError(f"{source} holds weights only; convert it without --train-state.")

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from deco_jax.diffusion.samplers import SETTINGS
+from deco_jax.errors import UsageError
 from deco_jax.models.build import KINDS
 from deco_jax.porting.diffusers_folder import diffusers_files
 from deco_jax.training import checkpoint
@@ -19,15 +20,30 @@ from deco_jax.version import __version__
 if TYPE_CHECKING:
     from deco_jax.porting.convert import Bundle
 
+# Fields of a DeCo that PyTorch's (torch_model.py) has no arguments for: this is what it computes.
+IN_PYTORCH = {"prediction": "velocity", "decoder_patch": 1, "decoder_interaction": "adaln"}
+
+
+def check_known_to_pytorch(bundle: "Bundle") -> None:
+    """Raises UsageError for a DeCo with another decoder than PyTorch's, whose tensors have no names there."""
+    model, fields = bundle.config.model, ("decoder_patch", "decoder_interaction")
+    ours = [f"model.{field}={model[field]}" for field in fields if model[field] != IN_PYTORCH[field]]
+    if model.kind == "deco" and ours:
+        raise UsageError(
+            f"{bundle.origin} has {' and '.join(ours)}; only a checkpoint of ours holds such a network "
+            "(--format checkpoint), as PyTorch's DeCo has decoder_patch=1 and decoder_interaction=adaln."
+        )
+
 
 def write_safetensors(bundle: "Bundle", path: pathlib.Path, weights: str) -> None:
     """One set of weights under upstream's names; the metadata says which network they make.
 
-    "architecture": its sizes, JSON; "weights": ema or online; "step".
+    "architecture": its sizes, JSON; "prediction": velocity or image; "weights": ema or online; "step".
     """
     metadata = {
         "format": "pt",
         "architecture": json.dumps(architecture(bundle)),
+        "prediction": bundle.config.model.prediction,
         "weights": weights,
         "step": str(bundle.step),
     }
@@ -38,18 +54,23 @@ def write_safetensors(bundle: "Bundle", path: pathlib.Path, weights: str) -> Non
 
 
 def architecture(bundle: "Bundle") -> dict[str, Any]:
-    """The sizes of the network: fields of `config.model`."""
+    """The fields of `config.model` that make the network.
+
+    PyTorch's DeCo takes them as its arguments, so they leave out what it is anyway; with anything more it refuses.
+    """
     model = bundle.config.model
-    return {field: model[field] for field in ("kind", *KINDS[model.kind][1])}
+    known = IN_PYTORCH if model.kind == "deco" else {}
+    return {field: model[field] for field in ("kind", *KINDS[model.kind][1]) if model[field] != known.get(field)}
 
 
 def write_folder(bundle: "Bundle", path: pathlib.Path, weights: str) -> None:
-    """config.json, model.safetensors, README.md, and for DeCo what diffusers needs to sample."""
+    """config.json, model.safetensors, README.md, and what diffusers needs to sample if PyTorch's DeCo can."""
     path.mkdir()
     write_safetensors(bundle, path / "model.safetensors", weights)
     c = bundle.config
     config = {
         **architecture(bundle),
+        "prediction": c.model.prediction,
         "image_size": c.data.image_size,
         "weights": weights,
         "step": bundle.step,
@@ -59,9 +80,15 @@ def write_folder(bundle: "Bundle", path: pathlib.Path, weights: str) -> None:
     }
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (path / "README.md").write_text(model_card(bundle, weights))
-    for name, text in (diffusers_files(c.data.image_size) if c.model.kind == "deco" else {}).items():
+    for name, text in (diffusers_files(c.data.image_size) if _runs_in_pytorch(bundle) else {}).items():
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text(text)
+
+
+def _runs_in_pytorch(bundle: "Bundle") -> bool:
+    """Whether torch_model.py computes this network."""
+    model = bundle.config.model
+    return model.kind == "deco" and all(model[field] == value for field, value in IN_PYTORCH.items())
 
 
 def model_card(bundle: "Bundle", weights: str) -> str:
@@ -71,6 +98,7 @@ def model_card(bundle: "Bundle", weights: str) -> str:
     table = [
         ("architecture", f"{m.kind}, {m.depth} blocks of width {m.width}, {m.heads} heads, patches of {m.patch_size}"),
         *([("pixel decoder", f"{m.decoder_depth} blocks of width {m.decoder_width}")] if m.kind != "baseline" else []),
+        ("predicts", m.prediction),
         ("classes", f"{m.num_classes}, and the null class"),
         ("parameters", f"{count:,}"),
         ("weights", f"{weights} (fp32), step {bundle.step:,}"),
@@ -118,7 +146,7 @@ A pixel diffusion network ({origin}), exported by deco_jax {__version__}.
 ## Use
 
 ```python
-model, params = deco_jax.load_pretrained("THIS_FOLDER")  # JAX{in_torch if m.kind == "deco" else ""}
+model, params = deco_jax.load_pretrained("THIS_FOLDER")  # JAX{in_torch if _runs_in_pytorch(bundle) else ""}
 ```
 """
 

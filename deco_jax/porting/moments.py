@@ -99,6 +99,7 @@ def write_ckpt(bundle: "Bundle", path: pathlib.Path) -> None:
         "epoch": 0,
         "global_step": bundle.step,
         "pytorch-lightning_version": "2.4.0",
+        "prediction": bundle.config.model.prediction,  # ours; upstream has that in its configuration
         "state_dict": {name: tensor(value) for name, value in named.items()},
         "lr_schedulers": [],
         "optimizer_states": [],

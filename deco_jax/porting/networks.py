@@ -8,16 +8,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from flax import linen as nn
 from ml_collections import ConfigDict
 
 from deco_jax.config import default_config
+from deco_jax.diffusion.flow import PREDICTIONS
 from deco_jax.errors import UsageError
 from deco_jax.models import Projector, build_model
 from deco_jax.models.build import KINDS
 from deco_jax.porting import names
 from deco_jax.porting.files import Weights, open_weights
 from deco_jax.porting.infer import ARCHITECTURES, infer, split_networks
+from deco_jax.porting.tensors import short
 from deco_jax.training import checkpoint
 
 RUNNABLE = tuple(KINDS)  # architectures that have a Flax module
@@ -28,7 +31,7 @@ class Stored:
     """What a PyTorch or safetensors file holds, unread."""
 
     path: str
-    sizes: dict[str, Any]  # of the network, see `infer`
+    sizes: dict[str, Any]  # of the network, see `infer`; and its "prediction"
     networks: dict[str, dict[str, Any]]  # "ema", "online", "projector" as far as they are there; PyTorch name → tensor
     file: Weights
 
@@ -68,11 +71,16 @@ def is_weight_file(path: str | os.PathLike) -> bool:
     return given.is_file() or (given.is_dir() and any(any(given.glob(ending)) for ending in endings))
 
 
-def open_networks(path: str | os.PathLike) -> Stored:
+def open_networks(path: str | os.PathLike, prediction: str | None = None) -> Stored:
     """Looks into a file or Hugging Face folder: which networks, of which sizes. Reads no numbers.
 
+    Args:
+      path: of the file or folder.
+      prediction: of the network, velocity or image, for files that do not say; None takes those for velocity.
+
     Raises:
-      UsageError: it cannot be read, or its tensors do not make a network; they are listed.
+      UsageError: it cannot be read, or its tensors do not make a network, and they are listed; or it predicts
+        something else.
     """
     file = open_weights(pathlib.Path(path).expanduser())
     try:
@@ -85,7 +93,39 @@ def open_networks(path: str | os.PathLike) -> Stored:
             raise UsageError(f"its EMA and online networks differ: {sizes[0]} and {sizes[-1]}.")
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
-    return Stored(str(path), sizes[0], networks, file)
+    said = [place["prediction"] for place in (file.metadata, file.config, file.rest) if "prediction" in place]
+    prediction = settle_prediction(path, said, prediction)
+    if prediction is None and sizes[0]["kind"] == "baseline":
+        logging.warning(
+            "%s does not say what its baseline predicts, and both are in use: it is taken for velocity. If its samples "
+            "look wrong, open it with prediction='image' (deco convert --prediction image).",
+            path,
+        )
+    return Stored(str(path), sizes[0] | {"prediction": prediction or "velocity"}, networks, file)
+
+
+def settle_prediction(path: str | os.PathLike, said: list[Any], given: str | None) -> str | None:
+    """What a network predicts, velocity or image; tensors do not tell.
+
+    Args:
+      path: the file, for messages.
+      said: what stands in it, in as many places as there are.
+      given: what its reader says, None for nothing.
+
+    Returns:
+      None if nobody says anything.
+
+    Raises:
+      UsageError: two say different things, or one something unknown.
+    """
+    for value in [*said, *([] if given is None else [given])]:
+        if not isinstance(value, str) or value not in PREDICTIONS:
+            raise UsageError(f"{path}: prediction={short(value)} is not known; allowed: {', '.join(PREDICTIONS)}.")
+    if len(set(said)) > 1:
+        raise UsageError(f"{path} says in one place that its network predicts {said[0]}, in another {said[-1]}.")
+    if said and given not in (None, said[0]):
+        raise UsageError(f"{path} holds a network that predicts {said[0]}, not {given}; leave the prediction out.")
+    return said[0] if said else given
 
 
 def model_config(stored: Stored) -> ConfigDict:

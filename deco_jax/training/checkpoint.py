@@ -2,7 +2,7 @@
 
     workdir/checkpoints/<step>/state   TrainState, as Orbax arrays
                               /data    position in the data: the number of global batches consumed
-                              /meta    configuration, fingerprint of the data order, version, parameter count
+                              /meta    configuration, version, parameter count, hashes of data order and teacher
 
 Saving is asynchronous and atomic: a step's folder gets its name when everything in it is written.
 """
@@ -37,6 +37,7 @@ FREE_FIELDS = (
     "train.",  # but see train.steps in check_resumable
     "sample.",
     "mesh.",
+    "teacher.",  # but see the teacher's digest in check_resumable
     "data.workers",
     "data.path",
     "data.max_bad_records",
@@ -195,13 +196,14 @@ def read_meta(folder: pathlib.Path, step: int) -> dict[str, Any]:
         return reader.restore(folder / str(step) / "meta")
 
 
-def make_meta(config: ConfigDict, fingerprint: str, parameters: int, version: str) -> dict[str, Any]:
-    """What is stored beside a state."""
+def make_meta(config: ConfigDict, fingerprint: str, parameters: int, version: str, teacher: str = "") -> dict[str, Any]:
+    """What is stored beside a state; `teacher` is the digest of the one that representations are aligned to."""
     return {
         "config": json.loads(config.to_json_best_effort()),
         "fingerprint": fingerprint,
         "parameters": parameters,
         "version": version,
+        "teacher": teacher,
     }
 
 
@@ -228,6 +230,8 @@ def check_resumable(saved: dict[str, Any], now: dict[str, Any], where: pathlib.P
             changed.append("to train without alignment, convert again with --without-projector")
     elif not changed and saved["fingerprint"] != now["fingerprint"]:
         changed = [f"data fingerprint: {saved['fingerprint']} there, {now['fingerprint']} here (the records changed)"]
+    if not changed and saved.get("teacher") and saved["teacher"] != now["teacher"]:
+        changed = [f"teacher: weights {saved['teacher']} there, {now['teacher']} here (hashes)"]
     if changed:
         raise UsageError(
             f"{where} was trained with another configuration: {'; '.join(changed)}. Restore these values, or start a "

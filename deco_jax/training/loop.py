@@ -1,6 +1,7 @@
 """The run itself, and the only place with side effects: sample → save → next batch → step → report."""
 
 import contextlib
+import dataclasses
 import hashlib
 import pathlib
 import time
@@ -13,12 +14,14 @@ from ml_collections import ConfigDict
 
 import deco_jax
 from deco_jax.data import pipeline
+from deco_jax.data.features import StoredFeatures, open_features
 from deco_jax.data.sources import Source, open_source
 from deco_jax.diffusion.flow import to_uint8
 from deco_jax.diffusion.samplers import SETTINGS
+from deco_jax.encoders import teacher as teachers
+from deco_jax.encoders.teacher import Teacher, load_teacher
 from deco_jax.errors import AgreedError, UsageError
 from deco_jax.evaluation.images import make_grid, save_png
-from deco_jax.models.flops import forward_flops
 from deco_jax.parallel import distributed
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel.hardware import peak_flops
@@ -28,7 +31,7 @@ from deco_jax.training.metrics import Clock, Goodput, Progress, Writers
 from deco_jax.training.preemption import StopRequest, stop_request
 from deco_jax.training.start import abstract_state, check_devices, find_weights, first_state, parameter_table
 from deco_jax.training.state import TrainState
-from deco_jax.training.step import Trainer, jit_step, make_trainer
+from deco_jax.training.step import Trainer, jit_step, make_trainer, step_flops
 
 GRID_COLUMNS = 8
 PROFILED_STEPS = 5
@@ -77,12 +80,13 @@ def _use_compilation_cache(config: ConfigDict, folder: pathlib.Path) -> None:
 def _train(config: ConfigDict, folder: pathlib.Path, stop: StopRequest, closing: contextlib.ExitStack) -> None:
     clock = Clock()
     with clock.phase("init"):
-        mesh, source, trainer = distributed.together(lambda: _prepare(config))
+        parts = distributed.together(lambda: _prepare(config))
+        mesh, trainer = parts.mesh, parts.trainer
         abstract = abstract_state(trainer, mesh)
         parameters = sum(x.size for x in jax.tree.leaves(abstract.params["network"]))
-        fingerprint = pipeline.fingerprint(config.data, config.seed, source)
-        meta = checkpoint.make_meta(config, fingerprint, parameters, deco_jax.__version__)
-        _check_processes_agree(config, fingerprint)
+        fingerprint = pipeline.fingerprint(config.data, config.seed, parts.source)
+        meta = checkpoint.make_meta(config, fingerprint, parameters, deco_jax.__version__, parts.teacher_digest)
+        _check_processes_agree(config, fingerprint, parts.teacher_digest)
         closing.enter_context(checkpoint.claim(folder))
         checkpoints = checkpoint.Checkpoints(folder, config.train.keep, config.train.keep_every)
         closing.callback(checkpoints.close)
@@ -99,8 +103,8 @@ def _train(config: ConfigDict, folder: pathlib.Path, stop: StopRequest, closing:
             state, step = checkpoints.restore(latest, abstract), checkpoints.position(latest)
     if jax.process_index() == 0:
         (folder / "config.json").write_text(config.to_json_best_effort(indent=2))
-        print(_summary(config, trainer, mesh, parameters, latest))
-    run = _Run(config, folder, mesh, trainer, source, checkpoints, meta, clock)
+        print(_summary(config, parts, parameters, latest))
+    run = _Run(config, folder, parts, checkpoints, meta, clock)
     closing.push(run.close)
     run.loop(state, abstract, step, stop)
     with clock.phase("checkpoint"):
@@ -112,31 +116,57 @@ def _train(config: ConfigDict, folder: pathlib.Path, stop: StopRequest, closing:
         run.progress.say(f"Stopped by {by}; {what}. The same command resumes from there.")
 
 
-def _prepare(config: ConfigDict) -> tuple[Mesh, Source, Trainer]:
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What a run is made of, apart from its state."""
+
+    mesh: Mesh
+    source: Source
+    trainer: Trainer
+    teacher: Teacher | None  # None if nothing is aligned, or if its features are stored
+    features: StoredFeatures | None
+
+    @property
+    def teacher_digest(self) -> str:
+        """Which teacher's features the run is aligned to; "" = none's."""
+        teacher = self.teacher or self.features
+        return "" if teacher is None else teacher.digest
+
+
+def _prepare(config: ConfigDict) -> _Parts:
     mesh = meshes.make_mesh(config.mesh)
     check_devices(config, mesh)
     source = open_source(config.data)
-    _check_data(config, source)
-    return mesh, source, make_trainer(config)
+    if source.num_classes > config.model.num_classes:
+        raise UsageError(
+            f"model.num_classes={config.model.num_classes} is too few; the data has {source.num_classes} classes."
+        )
+    teacher = features = None
+    if config.loss.alignment_weight and config.teacher.stored:
+        features = open_features(config, source)
+    elif config.loss.alignment_weight:
+        teacher = load_teacher(config)
+    return _Parts(mesh, source, make_trainer(config, teacher and teacher.module), teacher, features)
 
 
-def _check_processes_agree(config: ConfigDict, fingerprint: str) -> None:
+def _check_processes_agree(config: ConfigDict, fingerprint: str, teacher_digest: str) -> None:
     """A run whose processes differ in program, settings or data would hang, or train on what nobody asked for."""
     distributed.check_same("the version of deco_jax and jax", f"{deco_jax.__version__}, {jax.__version__}")
     settings = hashlib.sha256(config.to_json_best_effort().encode()).hexdigest()[:16]
     distributed.check_same("the configuration (a hash)", settings)
     distributed.check_same("the data's fingerprint", fingerprint)
+    distributed.check_same("the teacher (a hash)", teacher_digest)
 
 
 class _Run:
     """One call of `train`: the loop, and what it reports."""
 
-    def __init__(self, config, folder, mesh, trainer, source, checkpoints, meta, clock):
+    def __init__(self, config, folder, parts, checkpoints, meta, clock):
         self.config: ConfigDict = config
         self.folder: pathlib.Path = folder
-        self.mesh: Mesh = mesh
-        self.trainer: Trainer = trainer
-        self.source: Source = source
+        self.parts: _Parts = parts
+        self.mesh: Mesh = parts.mesh
+        self.trainer: Trainer = parts.trainer
         self.checkpoints: checkpoint.Checkpoints = checkpoints
         self.meta: dict[str, Any] = meta
         self.clock: Clock = clock
@@ -145,9 +175,9 @@ class _Run:
         self.writers = Writers(folder, active)
         self.progress = Progress(config.train.steps, self.step, active)
         self.goodput = Goodput(folder, self.step, clock, active)
-        self.step_flops = 3 * forward_flops(trainer.network, config.data.image_size, config.data.image_size)
+        self.image_flops = step_flops(self.trainer, config.data.image_size)
         self.peak = peak_flops(jax.devices()[0])
-        self.bad = pipeline.BadRecords(source, config.data.max_bad_records, active)
+        self.bad = pipeline.BadRecords(parts.source, config.data.max_bad_records, active)
         self.profile = contextlib.ExitStack()
         self.told = False  # that some process was asked to stop
 
@@ -155,8 +185,10 @@ class _Run:
         """Steps to the end, from `step`. The order makes resuming exact: what is saved has not seen the next batch."""
         config, start = self.config.train, step
         rows = meshes.host_rows(self.mesh, self.config.data.batch_size)
-        host_batches = pipeline.batches(self.config.data, self.config.seed, self.source, step, rows)
+        parts = self.parts
+        host_batches = pipeline.batches(self.config.data, self.config.seed, parts.source, step, rows, parts.features)
         train_step = jit_step(self.trainer, abstract, self.mesh)
+        teacher = None if parts.teacher is None else teachers.place(parts.teacher, self.mesh)
         logged = None  # (step, its metrics, still on the devices): read when the next step is under way
         unheard = None  # (metrics, notes) of the step under way
         with meshes.use_mesh(self.mesh), contextlib.closing(host_batches):
@@ -182,12 +214,12 @@ class _Run:
                 self.profile_five_steps(step)
                 if step == start:
                     with self.clock.phase("compile"):
-                        state, metrics, notes = train_step(state, batch, notes)
+                        state, metrics, notes = train_step(state, batch, notes, teacher)
                         self.listen(step + 1, metrics, notes)
                     self.since = (step + 1, self.busy(), self.clock.seconds["data wait"])
                 else:
                     with self.clock.phase("step"), jax.transfer_guard("disallow"), jax.no_tracing():
-                        before, (state, metrics, notes) = unheard, train_step(state, batch, notes)
+                        before, (state, metrics, notes) = unheard, train_step(state, batch, notes, teacher)
                         # One step runs while this waits for the one before: batches do not pile up.
                         self.listen(step, *before)
                     if logged is not None:
@@ -257,7 +289,7 @@ class _Run:
             values["data_wait_seconds"] = (data - last_data) / (step - last_step)
             values["images_per_second"] = self.config.data.batch_size / values["step_seconds"]
         if self.peak is not None and "images_per_second" in values:
-            values["mfu"] = values["images_per_second"] * self.step_flops / (self.peak * jax.device_count())
+            values["mfu"] = values["images_per_second"] * self.image_flops / (self.peak * jax.device_count())
         self.writers.scalars(step, values)
         self.progress.update(step, values)
 
@@ -298,25 +330,19 @@ class _Run:
         return image_noise(jax.random.key(self.config.seed), jax.numpy.arange(number), (side, side, 3))
 
 
-def _check_data(config: ConfigDict, source: Source) -> None:
-    if source.num_classes > config.model.num_classes:
-        raise UsageError(
-            f"model.num_classes={config.model.num_classes} is too few; the data has {source.num_classes} classes."
-        )
-    if config.loss.alignment_weight:
-        raise UsageError(
-            f"loss.alignment_weight={config.loss.alignment_weight} needs a teacher's features in every batch; "
-            f"data.source={config.data.source!r} has none. 0 trains without."
-        )
-
-
-def _summary(config: ConfigDict, trainer: Trainer, mesh: Mesh, parameters: int, latest: int | None) -> str:
+def _summary(config: ConfigDict, parts: _Parts, parameters: int, latest: int | None) -> str:
     """What stands at the top of a run's output."""
-    table = parameter_table(trainer, mesh)
+    mesh, table = parts.mesh, parameter_table(parts.trainer, parts.mesh)
+    teacher = "."
+    if parts.features is not None:
+        teacher = f", aligned to the features in {config.teacher.stored}."
+    elif parts.teacher is not None:
+        size = sum(x.size for x in jax.tree.leaves(parts.teacher.params))
+        teacher = f", aligned to the teacher {config.teacher.weights} ({size:,} parameters)."
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     begin = f"resumes at step {latest}" if latest else f"starts from {config.train.init_from or 'random weights'}"
     return (
-        f"{table}\nNetwork: {parameters:,} parameters. {jax.device_count()} × {jax.devices()[0].device_kind} "
+        f"{table}\nNetwork: {parameters:,} parameters{teacher} {jax.device_count()} × {jax.devices()[0].device_kind} "
         f"as a mesh of {shape}; {jax.process_count()} process(es). "
         f"Global batch {config.data.batch_size}. The run {begin}."
     )

@@ -116,7 +116,10 @@ def find_weights(config: ConfigDict) -> tuple[pathlib.Path, int] | None:
 def first_state(
     trainer: Trainer, abstract: TrainState, mesh: Mesh, weights: tuple[pathlib.Path, int] | None = None
 ) -> TrainState:
-    """A run's state before its first step: random, or with the weights that `find_weights` found."""
+    """A run's state before its first step: random, or with the weights that `find_weights` found.
+
+    The projector is taken over as well where both runs align to features of the same size.
+    """
     make = _initialise(trainer, trainer.config.model.patch_size)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     with meshes.use_mesh(mesh):
@@ -124,5 +127,8 @@ def first_state(
     if weights is None:
         return state
     wanted = {"params": {"network": abstract.params["network"]}, "ema": abstract.ema}
+    theirs, ours = checkpoint.read_meta(*weights)["config"]["loss"], trainer.config.loss
+    if theirs["alignment_weight"] and ours.alignment_weight and theirs["alignment_features"] == ours.alignment_features:
+        wanted["params"]["projector"] = abstract.params["projector"]
     part = checkpoint.restore_part(*weights, wanted)
     return state.replace(params={**state.params, **part["params"]}, ema=part["ema"])

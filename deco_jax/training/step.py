@@ -14,7 +14,11 @@ from ml_collections import ConfigDict
 
 from deco_jax.diffusion.flow import Draws, draw, example_keys, to_float
 from deco_jax.diffusion.objective import Objective
+from deco_jax.encoders import dinov2
+from deco_jax.encoders.dinov2 import DINOv2
+from deco_jax.encoders.teacher import teacher_features
 from deco_jax.models import Projector, build_model
+from deco_jax.models.flops import forward_flops
 from deco_jax.parallel.mesh import notes_sharding, replicated
 from deco_jax.training.optimizer import learning_rate, make_optimizer
 from deco_jax.training.state import TrainState
@@ -29,6 +33,7 @@ class Trainer:
     config: ConfigDict
     network: nn.Module
     projector: nn.Module | None
+    teacher: DINOv2 | None  # None if nothing is aligned, or to features that come with the batch
     objective: Objective
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
@@ -80,12 +85,15 @@ class Trainer:
         }
         return state, metrics
 
-    def step(self, state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
+    def step(
+        self, state: TrainState, batch: dict[str, Array], teacher_params: Any = None
+    ) -> tuple[TrainState, Metrics]:
         """One optimiser step on one global batch.
 
         Args:
           state: donated by the caller's jit.
-          batch: image (B, H, W, 3) uint8; label (B,) int32; with alignment, features (B, N, F).
+          batch: image (B, H, W, 3) uint8; label (B,) int32; with alignment to stored features, features (B, N, F).
+          teacher_params: of the teacher, if there is one; see `encoders.teacher.place`.
 
         Returns:
           (state, metrics); metrics are fp32 or int32 scalars.
@@ -103,8 +111,11 @@ class Trainer:
             images = nn.with_logical_constraint(images, ("batch", None, None, None))
             flow = config.flow
             draws = draw(keys, images.shape[1:], flow.time_distribution, flow.time_shift, flow.null_probability)
+            features = batch.get("features")
+            if self.teacher is not None:
+                features = teacher_features(self.teacher, teacher_params, images)
             (_, metrics), grads = jax.value_and_grad(self.loss, has_aux=True)(
-                state.params, images, batch["label"], draws, batch.get("features")
+                state.params, images, batch["label"], draws, features
             )
             return grads, metrics
 
@@ -123,7 +134,9 @@ class Trainer:
 
 
 def jit_step(trainer: Trainer, abstract: TrainState, mesh: Mesh) -> Callable[..., Any]:
-    """The step as one program, to be called within `use_mesh(mesh)`: (state, batch, notes) → (state, metrics, notes).
+    """The step as one program, to be called within `use_mesh(mesh)`.
+
+    It is (state, batch, notes, teacher's parameters or None) → (state, metrics, notes).
 
     Args:
       trainer: whose step it is.
@@ -136,8 +149,10 @@ def jit_step(trainer: Trainer, abstract: TrainState, mesh: Mesh) -> Callable[...
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     whole = replicated(mesh)
 
-    def step(state: TrainState, batch: dict[str, Array], notes: Array) -> tuple[TrainState, Metrics, Array]:
-        state, metrics = trainer.step(state, batch)
+    def step(
+        state: TrainState, batch: dict[str, Array], notes: Array, teacher_params: Any
+    ) -> tuple[TrainState, Metrics, Array]:
+        state, metrics = trainer.step(state, batch, teacher_params)
         # Sent when the step is done, not beside its collectives: simulated devices have too few threads for two at a
         # time and would wait for each other forever. The number is never negative, which the compiler cannot know.
         done = metrics["skipped_in_a_row"] >= 0
@@ -147,14 +162,24 @@ def jit_step(trainer: Trainer, abstract: TrainState, mesh: Mesh) -> Callable[...
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole, whole))
 
 
-def make_trainer(config: ConfigDict) -> Trainer:
-    """Puts a run's fixed parts together from its configuration."""
+def step_flops(trainer: Trainer, image_size: int) -> float:
+    """Floating-point operations that the mathematics of a step asks for, an image; 2 a multiply-add.
+
+    Three forward passes of the network, one of the teacher; the projector (below 1 % of them) is left out.
+    """
+    flops = 3 * forward_flops(trainer.network, image_size, image_size)
+    return flops + (0.0 if trainer.teacher is None else dinov2.forward_flops(trainer.teacher, image_size, image_size))
+
+
+def make_trainer(config: ConfigDict, teacher: DINOv2 | None = None) -> Trainer:
+    """Puts a run's fixed parts together from its configuration, and its teacher if that works in every step."""
     loss = config.loss
     projector = Projector(loss.alignment_features, jnp.dtype(config.model.dtype)) if loss.alignment_weight else None
     return Trainer(
         config=config,
         network=build_model(config.model),
         projector=projector,
+        teacher=teacher,
         objective=Objective(
             frequency_weight=loss.frequency_weight,
             frequency_quality=loss.frequency_quality,
@@ -162,6 +187,7 @@ def make_trainer(config: ConfigDict) -> Trainer:
             frequency_gamma=loss.frequency_gamma,
             alignment_weight=loss.alignment_weight,
             alignment_layer=loss.alignment_layer,
+            prediction=config.model.prediction,
         ),
         optimizer=make_optimizer(config.optimizer, config.train.steps),
         schedule=learning_rate(config.optimizer, config.train.steps),

@@ -3,6 +3,9 @@
 import dataclasses
 import itertools
 import multiprocessing
+import pathlib
+import re
+import signal
 
 import numpy as np
 import pytest
@@ -146,9 +149,12 @@ def test_workers_change_nothing(tmp_path):
     others, iterator = set(multiprocessing.active_children()), batches(config, 0, source, start=3)
     for k, expected in enumerate(here, 3):
         assert_equal(next(iterator), expected, f"batch {k} depends on the number of workers")
-    assert len(set(multiprocessing.active_children()) - others) == 2, (
-        "the workers are not at work, so this compared nothing"
-    )
+    workers = set(multiprocessing.active_children()) - others
+    assert len(workers) == 2, "the workers are not at work, so this compared nothing"
+    for worker in workers:
+        blocked = re.search(r"SigBlk:\s+(\w+)", pathlib.Path(f"/proc/{worker.pid}/status").read_text())[1]
+        stop = 1 << signal.SIGINT - 1 | 1 << signal.SIGTERM - 1
+        assert int(blocked, 16) & stop == stop, "Ctrl-C in the terminal would end the workers of a run that saves first"
 
 
 def test_fingerprint_changes_with_what_changes_the_batches(tmp_path):

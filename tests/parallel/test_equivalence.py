@@ -66,7 +66,7 @@ def test_draws_differ_across_examples_devices_and_accumulation_steps(tiny_config
     with meshes.use_mesh(mesh):
         placed = meshes.place_batch(batch, mesh, np.arange(16), 16)
         notes = meshes.place_notes(False, np.full(16, -1), mesh, np.arange(16), 16)
-        state, *_ = jit_step(trainer, abstract, mesh)(equivalence.any_state(abstract), placed, notes)
+        state, *_ = jit_step(trainer, abstract, mesh)(equivalence.any_state(abstract), placed, notes, None)
         jax.block_until_ready(state)
         jax.effects_barrier()
     examples = {(t, n.tobytes(), bool(d)) for ts, ns, ds in seen for t, n, d in zip(ts, ns, ds, strict=True)}

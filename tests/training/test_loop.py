@@ -7,11 +7,16 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 import deco_jax
+from deco_jax.data.prepare import prepare_teacher
 from deco_jax.errors import UsageError
+from deco_jax.parallel import mesh as meshes
 from deco_jax.training import checkpoint
 from deco_jax.training.loop import train
+from deco_jax.training.start import abstract_state, find_weights, first_state
+from deco_jax.training.step import make_trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -118,6 +123,36 @@ def test_a_new_run_starts_from_given_weights(tiny_config, straight, tmp_path):
         if name.startswith(("['params']", "['ema']")):
             np.testing.assert_array_equal(fresh[name], value, err_msg=name)
     assert fresh["['step']"] == 1
+
+
+def test_features_from_the_disk_train_as_the_live_teacher(tiny_config, official, tmp_path):
+    """Losses within 1e-5 (float16); a run may change from one to the other, but not to another teacher."""
+    save_file(official(), tmp_path / "teacher.safetensors")
+    tiny_config.model.patch_size = 16
+    tiny_config.data.image_size = 32
+    tiny_config.loss.update(alignment_weight=0.5, alignment_layer=1, alignment_features=64)
+    tiny_config.teacher.weights = str(tmp_path / "teacher.safetensors")
+    tiny_config.train.update(steps=2, log_every=1)
+    train(tiny_config, str(tmp_path / "live"))
+    prepare_teacher(tiny_config, str(tmp_path / "features"), batch_size=1000)
+    save_file(official(seed=1), tmp_path / "teacher.safetensors")  # nothing asks it again
+    tiny_config.teacher.stored = str(tmp_path / "features")
+    train(tiny_config, str(tmp_path / "stored"))
+    for a, b in zip(logged(tmp_path / "live"), logged(tmp_path / "stored"), strict=True):
+        assert a["loss_alignment"] > 0.1 and abs(a["loss_alignment"] - b["loss_alignment"]) < 1e-5
+        assert abs(a["loss"] - b["loss"]) < 1e-5
+    tiny_config.train.init_from = str(tmp_path / "live")
+    trainer, mesh = make_trainer(tiny_config), meshes.make_mesh(tiny_config.mesh)
+    state = first_state(trainer, abstract_state(trainer, mesh), mesh, find_weights(tiny_config))
+    projector = state.params["projector"]["out"]["kernel"]  # a run that starts from these weights has it too
+    saved = final_state(tmp_path / "live")[1]
+    np.testing.assert_array_equal(projector, saved["['params']['projector']['out']['kernel']"])
+    tiny_config.train.update(init_from="", steps=3)
+    train(tiny_config, str(tmp_path / "live"))
+    assert final_state(tmp_path / "live")[0] == 3
+    tiny_config.train.steps, tiny_config.teacher.stored = 4, ""
+    with pytest.raises(UsageError, match=r"another configuration: teacher: weights \w{16} there, \w{16} here"):
+        train(tiny_config, str(tmp_path / "live"))
 
 
 def test_a_half_written_checkpoint_is_never_chosen(tiny_config, tmp_path):

@@ -1,0 +1,199 @@
+"""A teacher's features of every image, stored in a folder: what lies in it, and reading it beside the images.
+
+    FOLDER/features-00000.npy …       (K, N, F) float16, K records a file, in the order of the data; NaN if unreadable
+          /features-00000.bad.json …  numbers of the records of that file that could not be read, where there are any
+          /features.partial.json      what the features are of (`Contents`), until all files are there
+          /features.json              the same, and all unreadable records; written last
+
+`prepare` writes it. Images are not augmented, so their features never change.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from deco_jax.data.sources import Source
+from deco_jax.errors import UsageError
+
+VERSION = 1  # of the format
+COMPLETE, PARTIAL = "features.json", "features.partial.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What the features in a folder are of."""
+
+    identity: str  # of the source: its records' names, labels and order
+    records: int
+    records_a_file: int  # K; the last file may hold fewer
+    tokens: int  # N
+    features: int  # F, channels
+    image_size: int  # pixels along a side
+    patch: int  # pixels along the side that a token stands for
+    teacher: str  # hash of its weights
+    version: int = VERSION
+
+    @property
+    def files(self) -> int:
+        """How many there are when all are there."""
+        return -(-self.records // self.records_a_file)
+
+    def shape(self, file: int) -> tuple[int, int, int]:
+        """Of a file's array: (K, N, F)."""
+        rows = min(self.records_a_file, self.records - file * self.records_a_file)
+        return rows, self.tokens, self.features
+
+    def differences(self, other: "Contents") -> list[str]:
+        """A text for each field in which `other` differs."""
+        ours, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        return [f"{name}: {theirs[name]} there, {ours[name]} here" for name in ours if ours[name] != theirs[name]]
+
+
+def features_file(folder: pathlib.Path, file: int) -> pathlib.Path:
+    """Where file number `file` lies."""
+    return folder / f"features-{file:05d}.npy"
+
+
+def bad_file(path: pathlib.Path) -> pathlib.Path:
+    """Where the unreadable records of the file at `path` are named, if there are any."""
+    return path.with_suffix(".bad.json")
+
+
+def missing_files(folder: pathlib.Path, contents: Contents) -> list[int]:
+    """Numbers of the files that are not there yet."""
+    return [k for k in range(contents.files) if not features_file(folder, k).exists()]
+
+
+def read_contents(path: pathlib.Path) -> tuple[Contents, list[int]]:
+    """(what a folder's features are of, the unreadable records), from its features.json or features.partial.json.
+
+    Raises:
+      UsageError: the file is damaged, or of another version of the format.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); prepare into another folder.") from error
+    if isinstance(values, dict) and values.get("version", VERSION) != VERSION:
+        raise UsageError(
+            f"{path} is of version {values['version']!r}, and this deco_jax reads version {VERSION}; "
+            "prepare into another folder."
+        )
+    kinds = {field.name: field.type for field in dataclasses.fields(Contents)} | {"bad": list}
+    values = {"bad": []} | values if isinstance(values, dict) else {}
+    wrong = [name for name, kind in kinds.items() if type(values.get(name)) is not kind]
+    wrong += [name for name, kind in kinds.items() if kind is int and name not in wrong and values[name] < 1]
+    if wrong or not all(type(record) is int for record in values["bad"]):
+        raise UsageError(f"{path} is damaged: {', '.join(wrong or ['bad'])}; prepare into another folder.")
+    return Contents(**{name: values[name] for name in kinds if name != "bad"}), values["bad"]
+
+
+class StoredFeatures:
+    """The features of every record, read from the disk as they are asked for.
+
+    A copy for another process is small: files are mapped where they are first used.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        """Opens a folder of which all files are there.
+
+        Raises:
+          UsageError: a file is damaged.
+        """
+        self.folder = folder
+        self.contents, bad = read_contents(folder / COMPLETE)
+        self.bad = frozenset(bad)
+        self._mapped: dict[int, np.ndarray] = {}
+        for file in range(self.contents.files):
+            self._file(file)
+
+    @property
+    def digest(self) -> str:
+        """A hash of the teacher's weights."""
+        return self.contents.teacher
+
+    @property
+    def tokens(self) -> int:
+        """N, features an image."""
+        return self.contents.tokens
+
+    @property
+    def width(self) -> int:
+        """F, channels of a feature."""
+        return self.contents.features
+
+    def __getitem__(self, record: int) -> np.ndarray:
+        """Of one record: (N, F) float16.
+
+        Raises:
+          ValueError: there are none, since its image could not be read.
+        """
+        if record in self.bad:
+            raise ValueError("it has no stored features: the image was unreadable when they were made")
+        file, row = divmod(record, self.contents.records_a_file)
+        return self._file(file)[row]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_mapped": {}}
+
+    def _file(self, file: int) -> np.ndarray:
+        if file not in self._mapped:
+            path, shape = features_file(self.folder, file), self.contents.shape(file)
+            try:
+                array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+            except (OSError, ValueError) as error:
+                raise UsageError(f"{path} cannot be read ({error}). {_remake(self.folder, path.name)}") from error
+            if array.shape != shape or array.dtype != np.float16:
+                raise UsageError(
+                    f"{path} holds {array.shape} {array.dtype}, not {shape} float16. {_remake(self.folder, path.name)}"
+                )
+            self._mapped[file] = array
+        return self._mapped[file]
+
+
+def open_features(config: ConfigDict, source: Source) -> StoredFeatures:
+    """The features in `config.teacher.stored`, which must be of `source` as the whole configuration `config` says.
+
+    Raises:
+      UsageError: they are not, or not all there, or damaged.
+    """
+    name = f"teacher.stored={config.teacher.stored}"
+    folder = pathlib.Path(config.teacher.stored).expanduser()
+    if not (folder / COMPLETE).is_file() and not (folder / PARTIAL).is_file():
+        what = "holds no features" if folder.is_dir() else "is no folder"
+        raise UsageError(f"{name} {what}. Made by: {_command(folder)}. Or the teacher in every step: teacher.stored=''")
+    complete = (folder / COMPLETE).is_file()
+    contents, _ = read_contents(folder / (COMPLETE if complete else PARTIAL))
+    if contents.identity != source.identity or contents.records != len(source):
+        raise UsageError(
+            f"{name} holds features of other images, labels or another order: of {contents.records} records of "
+            f"{contents.identity!r}; the data are {len(source)} of {source.identity!r}. Prepare into another folder."
+        )
+    size, p, width = config.data.image_size, config.model.patch_size, config.loss.alignment_features
+    tokens = (size // p) ** 2
+    for field, there, here, setting in (
+        ("image_size", contents.image_size, size, f"data.image_size={size}"),
+        ("tokens", contents.tokens, tokens, f"{tokens}, with model.patch_size={p}"),
+        ("features", contents.features, width, f"loss.alignment_features={width}"),
+    ):
+        if there != here:
+            raise UsageError(f"{name} was made with {field}={there}, and the run has {setting}; they must be equal.")
+    missing = missing_files(folder, contents)
+    if missing or not complete:
+        raise UsageError(
+            f"{name} is incomplete: {len(missing)} of {contents.files} files are missing. "
+            f"This goes on with them: {_command(folder)}"
+        )
+    return StoredFeatures(folder)
+
+
+def _command(folder: pathlib.Path) -> str:
+    return f"deco prepare --config FILE --teacher --out {folder}"
+
+
+def _remake(folder: pathlib.Path, name: str) -> str:
+    return f"Remove {name} and run again: {_command(folder)}"

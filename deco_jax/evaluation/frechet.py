@@ -1,0 +1,78 @@
+"""How far apart are two sets of images, seen as Gaussians of a network's features? (FID: Heusel et al., 1706.08500)"""
+
+import numpy as np
+
+from deco_jax.errors import UsageError
+
+
+class Moments:
+    """Mean and covariance of feature vectors that arrive in batches; float64, nothing of the vectors is kept."""
+
+    def __init__(self, features: int):
+        self.count = 0
+        self.mean_D = np.zeros(features)
+        self._scatter_DxD = np.zeros((features, features))  # Σ (x − mean)(x − mean)ᵀ
+
+    def add(self, features_KxD: np.ndarray) -> None:
+        """Takes in K vectors.
+
+        Raises:
+          UsageError: they have another length, or numbers that are not finite.
+        """
+        x_KxD = np.asarray(features_KxD, np.float64)
+        if x_KxD.ndim != 2 or x_KxD.shape[1] != len(self.mean_D):
+            raise UsageError(f"features have shape {x_KxD.shape}; expected (K, {len(self.mean_D)}).")
+        if not np.isfinite(x_KxD).all():
+            raise UsageError("features are not finite; the images or the network that made them are broken.")
+        if not len(x_KxD):
+            return
+        mean_D, total = x_KxD.mean(axis=0), self.count + len(x_KxD)
+        x_KxD, step_D = x_KxD - mean_D, mean_D - self.mean_D
+        # Deviations from each part's own mean, and of the two means: no difference of large squares.
+        self._scatter_DxD += x_KxD.T @ x_KxD + np.outer(step_D, step_D) * (self.count * (total - self.count) / total)
+        self.mean_D += step_D * ((total - self.count) / total)
+        self.count = total
+
+    @property
+    def covariance_DxD(self) -> np.ndarray:
+        """The unbiased covariance.
+
+        Raises:
+          UsageError: there are fewer than two vectors.
+        """
+        if self.count < 2:
+            raise UsageError(f"a covariance needs at least 2 images; there are {self.count}.")
+        return self._scatter_DxD / (self.count - 1)
+
+
+def frechet_distance(
+    mean_a_D: np.ndarray, covariance_a_DxD: np.ndarray, mean_b_D: np.ndarray, covariance_b_DxD: np.ndarray
+) -> float:
+    """|μ_a − μ_b|² + tr A + tr B − 2 tr (A^½ B A^½)^½, the squared 2-Wasserstein distance of two Gaussians; ≥ 0.
+
+    The last trace is taken as the sum of the singular values of A^½ B^½, which is the same and as exact for singular
+    covariances (fewer images than features) as for others. From finite samples the distance comes out too large, the
+    more so the fewer images: compare only distances from equal numbers.
+
+    Args:
+      mean_a_D, mean_b_D: means.
+      covariance_a_DxD, covariance_b_DxD: covariances, symmetric and positive semi-definite.
+
+    Raises:
+      UsageError: the shapes do not fit, or a number is not finite.
+    """
+    arrays = [np.asarray(a, np.float64) for a in (mean_a_D, covariance_a_DxD, mean_b_D, covariance_b_DxD)]
+    d, shapes = len(arrays[0]), [a.shape for a in arrays]
+    if shapes != [(d,), (d, d)] * 2:
+        raise UsageError(f"means and covariances have the shapes {shapes}; expected (D,), (D, D), (D,), (D, D).")
+    if not all(np.isfinite(a).all() for a in arrays):
+        raise UsageError("a mean or covariance is not finite; the features it was made from are broken.")
+    mean_a, a, mean_b, b = arrays
+    overlap = np.linalg.svd(_square_root(a) @ _square_root(b), compute_uv=False).sum()
+    return max(float(((mean_a - mean_b) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * overlap), 0.0)
+
+
+def _square_root(matrix_DxD: np.ndarray) -> np.ndarray:
+    """Of a positive semi-definite matrix; eigenvalues that rounding made negative count as 0."""
+    values_D, vectors_DxD = np.linalg.eigh(matrix_DxD)
+    return (vectors_DxD * np.sqrt(np.maximum(values_D, 0))) @ vectors_DxD.T

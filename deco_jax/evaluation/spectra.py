@@ -1,0 +1,218 @@
+"""Where does the transformer's energy lie over spatial frequencies, and where the velocity's? (paper, Figure 4; SPEC 8)
+
+A network draws images by Euler steps. At every step the tokens after its last block, laid out as an image of D
+channels, and the velocity it predicts are cut into 8×8 blocks and transformed by the DCT; the squares are added up.
+`deco spectra` does this for several networks and puts them side by side.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array, lax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from deco_jax.config import default_config
+from deco_jax.diffusion.frequency import BLOCK, block_dct
+from deco_jax.diffusion.samplers import check_sampling, time_grid
+from deco_jax.errors import UsageError
+from deco_jax.evaluation.spectra_report import FILES, Spectra, ZIGZAG_64x2, require_matplotlib, write_spectra
+from deco_jax.parallel import mesh as meshes
+from deco_jax.porting.networks import is_weight_file, model_config, open_networks
+from deco_jax.pretrained import load_pretrained
+from deco_jax.sampling import image_noise
+from deco_jax.training import checkpoint
+
+MIN_SIDE = BLOCK // 2 + 1  # a shorter side cannot be reflected into a block of 8
+
+
+def measure_spectra(
+    model: nn.Module,
+    params: Any,
+    *,
+    images: int,
+    seed: int,
+    image_size: int,
+    batch_size: int,
+    steps: int,
+    shift: float = 1.0,
+) -> Spectra:
+    """Energies of tokens and velocities along the way from noise to `images` images, without guidance.
+
+    Image i starts from the noise that `deco sample` gives it and shows class i modulo the number of classes, so
+    neither `batch_size` nor the number of local devices, over which a batch is split, changes the result beyond
+    rounding. Energies are computed in fp32 whatever the network's dtype, and added up over images in fp64.
+
+    Args:
+      model, params: see `load_pretrained`.
+      images: how many.
+      seed: of the noise.
+      image_size: side in pixels.
+      batch_size: images at a time, rounded up to a multiple of the devices.
+      steps: of the Euler solver.
+      shift: time shift of its grid.
+
+    Raises:
+      UsageError: an argument is out of range, the tokens are too few for a block, or the network diverges.
+    """
+    _check_measurement(images, seed, batch_size, steps, shift)
+    _check_size(image_size, model.patch_size)
+    mesh = meshes.make_mesh(default_config().mesh, jax.local_devices())
+    params = jax.device_put(params, meshes.replicated(mesh))
+    batch_size = -(-min(batch_size, images) // mesh.size) * mesh.size
+    key, run = jax.random.key(seed), _compiled(model, steps, float(shift))
+    energy_2x64 = np.zeros((2, len(ZIGZAG_64x2)))
+    with tqdm(total=images, unit="image", disable=None) as bar:
+        for start in range(0, images, batch_size):
+            indices = jax.device_put(np.arange(start, start + batch_size, dtype=np.int32), meshes.batch_sharding(mesh))
+            noise = image_noise(key, indices, (image_size, image_size, 3))
+            energies_2xBx64 = np.asarray(run(params, noise, indices % model.num_classes), np.float64)
+            drawn = min(batch_size, images - start)  # the rest fills up the last batch
+            energy_2x64 += energies_2xBx64[:, :drawn].sum(axis=1)
+            bar.update(drawn)
+    if not np.isfinite(energy_2x64).all():
+        raise UsageError(f"With steps={steps} the network's output is not finite; its weights cannot be analysed.")
+    blocks = [math.ceil(side / BLOCK) ** 2 for side in (image_size // model.patch_size, image_size)]
+    transformer_energy_64, velocity_energy_64 = energy_2x64 / (images * steps * np.array(blocks)[:, None])
+    return Spectra(transformer_energy_64, velocity_energy_64, images, seed, image_size, steps, float(shift))
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(model: nn.Module, steps: int, shift: float) -> Callable[..., Array]:
+    """The jitted way from noise to images; (params, noise, labels) → energies of tokens and velocity, (2, B, 64)."""
+    times = time_grid(steps, shift)
+    t, dt = jnp.asarray(times[:-1], jnp.float32), jnp.asarray(np.diff(times), jnp.float32)
+
+    @jax.jit
+    def run(params, noise_BxHxWx3, labels_B):
+        b, h, w, _ = noise_BxHxWx3.shape
+        grid = (h // model.patch_size, w // model.patch_size)
+
+        def step(carry, inputs):
+            x, transformer_Bx64, velocity_Bx64 = carry
+            t, dt = inputs
+            v, tokens_BxNxD = model.apply({"params": params}, x, jnp.full(b, t), labels_B, hidden_layer=model.depth)
+            transformer_Bx64 += zigzag_energy(tokens_BxNxD.reshape(b, *grid, -1))
+            return (x + dt * v, transformer_Bx64, velocity_Bx64 + zigzag_energy(v)), None
+
+        zeros_Bx64 = jnp.zeros((b, len(ZIGZAG_64x2)))
+        (_, *energies), _ = lax.scan(step, (noise_BxHxWx3, zeros_Bx64, zeros_Bx64), (t, dt))
+        return jnp.stack(energies)
+
+    return run
+
+
+def zigzag_energy(x_BxHxWxC: Array) -> Array:
+    """Squared coefficients of the 8×8 block DCT, summed over blocks and channels: (B, 64), fp32, in zig-zag order."""
+    squares_Bx8x8 = jnp.sum(jnp.square(block_dct(x_BxHxWxC.astype(jnp.float32))), axis=(1, 2, 5))
+    return squares_Bx8x8[:, ZIGZAG_64x2[:, 0], ZIGZAG_64x2[:, 1]]
+
+
+def spectra_to_folder(
+    sources: Sequence[str],
+    out: str,
+    *,
+    num: int,
+    seed: int,
+    steps: int | None,
+    shift: float | None,
+    image_size: int | None,
+    batch_size: int,
+    weights: str,
+    overwrite: bool,
+) -> None:
+    """Measures the networks in `sources`, writes spectra.json, .csv and .png into `out`, and prints a short reading.
+
+    Args:
+      sources: anything that `load_pretrained` opens; a network is named by the last parts of its path.
+      out: a folder; must not hold such files yet unless `overwrite`.
+      num, seed, batch_size: see `measure_spectra`.
+      steps, shift, image_size: None = as the run's configuration says; 50, 1 and 256 for a file that has none.
+      weights: "ema" or "online".
+      overwrite: replace what is there.
+
+    Raises:
+      UsageError: an argument is out of range, a source cannot be opened, `out` holds such files, or matplotlib is
+        missing.
+    """
+    require_matplotlib()
+    folder = pathlib.Path(out).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out={out} is a file.")
+    if not overwrite and any((folder / name).exists() for name in FILES):
+        raise UsageError(f"--out={out} already holds spectra; choose another folder or pass --overwrite.")
+    names = _names(sources)
+    settings = [_settings(source, weights, steps, shift, image_size) for source in sources]
+    for chosen in settings:
+        _check_measurement(num, seed, batch_size, chosen["steps"], chosen["shift"])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out={out} cannot be made: {error.strerror}.") from error
+    spectra = {}
+    for name, source, chosen in zip(names, sources, settings, strict=True):
+        print(f"{name}: {num} images of {chosen['image_size']}², {chosen['steps']} steps, shift {chosen['shift']:g}")
+        measured = measure_spectra(
+            *load_pretrained(source, weights), images=num, seed=seed, batch_size=batch_size, **chosen
+        )
+        spectra[name] = dataclasses.replace(measured, origin=f"{source}, {weights} weights")
+    print(write_spectra(folder, spectra))
+    print(f"{', '.join(FILES)} are in {folder}.")
+
+
+def _settings(
+    source: str, weights: str, steps: int | None, shift: float | None, image_size: int | None
+) -> dict[str, Any]:
+    """steps, shift and image_size for the network in `source`, checked as far as that goes without its weights."""
+    if is_weight_file(source):
+        stored = open_networks(source)
+        stored.weights(weights)
+        patch_size, known = model_config(stored).patch_size, (50, 1.0, 256)
+    else:
+        config = ConfigDict(checkpoint.read_meta(*checkpoint.find_checkpoint(source))["config"])
+        patch_size, known = config.model.patch_size, (config.sample.steps, config.sample.shift, config.data.image_size)
+    steps, shift, image_size = (
+        default if asked is None else asked for asked, default in zip((steps, shift, image_size), known, strict=True)
+    )
+    _check_size(image_size, patch_size, f"{source}: ")
+    return {"steps": steps, "shift": shift, "image_size": image_size}
+
+
+def _names(sources: Sequence[str]) -> list[str]:
+    """As many last parts of the paths as tell them apart."""
+    parts = [pathlib.Path(source).expanduser().resolve().parts for source in sources]
+    twice = next((source for i, source in enumerate(sources) if parts[i] in parts[:i]), None)
+    if twice is not None:
+        raise UsageError(f"--against={twice} is given twice; every network is measured once.")
+    depth = next(n for n in range(1, 1 + max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts))
+    return ["/".join(p[-depth:]) for p in parts]
+
+
+def _check_measurement(images: int, seed: int, batch_size: int, steps: int, shift: float) -> None:
+    for name, value in (("num", images), ("batch-size", batch_size)):
+        if value < 1:
+            raise UsageError(f"--{name}={value} must be at least 1.")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"--seed={seed} must be from 0 to 2³² − 1.")
+    check_sampling(steps, 1.0, (0.0, 1.0), shift, "euler")
+
+
+def _check_size(image_size: int, patch_size: int, where: str = "") -> None:
+    if image_size < 1 or image_size % patch_size:
+        raise UsageError(
+            f"{where}image_size={image_size} must be a positive multiple of the network's patch size, {patch_size}."
+        )
+    side = image_size // patch_size
+    if side < MIN_SIDE:
+        raise UsageError(
+            f"{where}image_size={image_size} gives {side}×{side} tokens, too few for an 8×8 block; "
+            f"the smallest image_size that works is {MIN_SIDE * patch_size}."
+        )

@@ -1,0 +1,198 @@
+"""The teacher of a run: found, checked, the same whatever its file, and part of the training step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from safetensors.numpy import save_file
+
+from deco_jax.config import check_config, default_config
+from deco_jax.encoders import dinov2
+from deco_jax.encoders import teacher as teachers
+from deco_jax.encoders.dinov2 import DINOv2
+from deco_jax.encoders.dinov2_weights import from_tensors
+from deco_jax.encoders.teacher import default_teacher, find_weights, load_teacher, teacher_features
+from deco_jax.errors import UsageError
+from deco_jax.models.flops import forward_flops
+from deco_jax.parallel import mesh as meshes
+from deco_jax.training.state import init_state
+from deco_jax.training.step import make_trainer, step_flops
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+WIDTH = 64  # one head
+
+
+@pytest.fixture
+def aligned(tiny_config, official, tmp_path):
+    """A tiny run of patches of 16 pixels with a teacher, fp32."""
+    save_file(official(), tmp_path / "teacher.safetensors")
+    c = tiny_config
+    c.model.update(patch_size=16, depth=1)
+    c.data.image_size = 32
+    c.loss.update(alignment_weight=0.5, alignment_layer=1, alignment_features=WIDTH)
+    c.teacher.weights = str(tmp_path / "teacher.safetensors")
+    check_config(c)
+    return c
+
+
+def test_a_step_with_the_live_teacher_is_one_with_its_features(aligned, error, official):
+    """Features by hand: the module on images in [0, 1], outside the step. Two accumulation parts against none."""
+    teacher = load_teacher(aligned)
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (4, 32, 32, 3), np.uint8)
+    batch = {"image": image, "label": np.arange(4, dtype=np.int32)}
+    model, weights = from_tensors(official())
+    features = model.clone(dtype=jnp.float32).apply({"params": weights}, image.astype(np.float32) / 255)
+    assert features.shape == (4, 4, WIDTH)
+
+    stored = make_trainer(aligned)
+    make = functools.partial(init_state, jax.random.key(0), stored.network, stored.projector, stored.optimizer, 32)
+    shapes = jax.eval_shape(lambda: nn.meta.unbox(make()))
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), shapes.params)
+    state = state.replace(params=params, ema=params["network"])
+    expected_state, expected = jax.jit(stored.step)(state, batch | {"features": np.asarray(features)})
+    aligned.optimizer.accumulation = 2
+    live = make_trainer(aligned, teacher.module)
+    new_state, metrics = jax.jit(live.step)(state, batch, teacher.params)
+    for name in ("loss", "loss_alignment", "gradient_norm"):
+        assert error(metrics[name], expected[name]) < 2e-6, name
+    for a, b in zip(*(jax.tree.leaves(s.opt_state[0].mu) for s in (new_state, expected_state)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6 + 1e-5 * float(np.abs(b).max()))
+    assert float(metrics["loss_alignment"]) > 0.1
+
+
+def test_no_gradient_reaches_the_teacher(aligned):
+    teacher = load_teacher(aligned)
+
+    def total(params, image):
+        return teacher_features(teacher.module, params, image).sum()
+
+    gradients = jax.grad(total, (0, 1))(teacher.params, jnp.ones((1, 32, 32, 3)))
+    assert all(not np.any(g) for g in jax.tree.leaves(gradients))
+
+
+def test_its_linear_layers_are_kept_in_bfloat16_and_compute_the_same(aligned, error, official):
+    """The module casts kernels anyway; positions, norms and factors stay fp32."""
+    aligned.model.dtype = "bfloat16"
+    teacher = load_teacher(aligned)
+    kernel, positions = teacher.params["blocks"]["mlp"]["in"]["kernel"], teacher.params["positions"]
+    assert (kernel.dtype, positions.dtype) == (jnp.bfloat16, np.float32)
+    image = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
+    _, fp32 = from_tensors(official())
+    np.testing.assert_array_equal(
+        teacher_features(teacher.module, teacher.params, image), teacher_features(teacher.module, fp32, image)
+    )
+    placed = teachers.place(teacher, meshes.make_mesh(default_config().mesh))
+    assert placed["blocks"]["mlp"]["in"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_the_digest_is_of_the_weights_not_of_the_file(aligned, tmp_path, official):
+    torch = pytest.importorskip("torch")
+    first = load_teacher(aligned).digest
+    torch.save({name: torch.tensor(value) for name, value in official().items()}, tmp_path / "teacher.pth")
+    aligned.teacher.weights = str(tmp_path / "teacher.pth")
+    assert load_teacher(aligned).digest == first
+    save_file(official(seed=1), tmp_path / "other.safetensors")
+    aligned.teacher.weights = str(tmp_path / "other.safetensors")
+    assert load_teacher(aligned).digest != first
+
+
+def test_names_are_looked_up_in_the_cache(aligned, tmp_path):
+    (tmp_path / "cache" / "facebook").mkdir(parents=True)
+    for name in ("mine.pth", "facebook/dinov2-base"):
+        (tmp_path / "cache" / name).touch()
+        assert find_weights(name, str(tmp_path / "cache")) == tmp_path / "cache" / name
+    assert find_weights(aligned.teacher.weights, "nowhere").samefile(aligned.teacher.weights)
+
+
+@pytest.mark.parametrize("name", ["dinov2_vitb14_pretrain.pth", "gone/dinov2.pth", ""])
+def test_absence_says_where_to_get_it_and_how_to_do_without(tmp_path, name):
+    with pytest.raises(UsageError) as error:
+        find_weights(name, str(tmp_path))
+    for part in (
+        f"teacher.weights={name!r}",
+        f"teacher.cache={tmp_path}",
+        "Apache-2.0",
+        "https://",
+        "alignment_weight=0",
+    ):
+        assert part in str(error.value)
+
+
+def test_a_download_appears_in_the_cache_whole_or_not_at_all(tmp_path, monkeypatch, official):
+    """huggingface_hub itself is replaced: there is no network here."""
+    hub = pytest.importorskip("huggingface_hub")
+    calls = []
+
+    def snapshot_download(name, local_dir, allow_patterns):
+        calls.append((name, allow_patterns))
+        local_dir.mkdir(parents=True)
+        (local_dir / "config.json").write_text("{}")
+        if len(calls) == 1:
+            raise OSError("network unreachable\nsecond line")
+        save_file(official(), local_dir / "model.safetensors")
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    with pytest.raises(UsageError, match=r"downloading it from Hugging Face failed \(OSError: network unreachable\)"):
+        find_weights("facebook/dinov2-base", str(tmp_path))
+    assert not list((tmp_path / "facebook").iterdir())
+    found = find_weights("facebook/dinov2-base", str(tmp_path))
+    assert sorted(p.name for p in found.iterdir()) == ["config.json", "model.safetensors"]
+    assert calls == [("facebook/dinov2-base", ["config.json", "model.safetensors"])] * 2
+    assert find_weights("facebook/dinov2-base", str(tmp_path)) == found and len(calls) == 2
+
+
+def test_a_teacher_of_another_size_is_refused(aligned, tmp_path, official):
+    save_file(official(width=128), tmp_path / "wide.safetensors")
+    aligned.teacher.weights = str(tmp_path / "wide.safetensors")
+    with pytest.raises(UsageError, match="has features of 128 channels, and loss.alignment_features=64"):
+        load_teacher(aligned)
+
+
+@pytest.mark.parametrize(
+    "part, changes, message",
+    [
+        (
+            "data",
+            {"image_size": 40},
+            "data.image_size=40 is not divisible by 16, as the teacher needs; nearest: 32 and 48",
+        ),
+        ("model", {"patch_size": 8}, "model.patch_size=8 gives 4×4 tokens, and the teacher 2×2 features"),
+        ("loss", {"alignment_layer": 2}, "loss.alignment_layer=2 does not exist; model.depth=1"),
+        ("loss", {"alignment_layer": 0}, "loss.alignment_layer=0 does not exist"),
+        ("loss", {"alignment_features": 0}, "loss.alignment_features=0 must be 1 or more"),
+    ],
+)
+def test_what_cannot_be_aligned_is_named(aligned, part, changes, message):
+    aligned[part].update(changes)
+    with pytest.raises(UsageError) as error:
+        check_config(aligned)
+    assert message in str(error.value)
+
+
+def test_planning_takes_the_published_network_of_that_width(aligned):
+    aligned.loss.alignment_features = 768
+    assert default_teacher(aligned).depth == 12
+    aligned.loss.alignment_features = 64
+    with pytest.raises(UsageError, match=r"alignment_features=64 is no width of a published DINOv2; .* 768 \(base\)"):
+        default_teacher(aligned)
+
+
+def test_flops_of_the_teacher_and_of_a_step(aligned, official):
+    """46e9 an image at 256² for ViT-B/14 (REFERENCES), and XLA's own count of a small one."""
+    base = DINOv2(**dinov2.SIZES["base"])
+    assert dinov2.forward_flops(base, 256, 256) == pytest.approx(46e9, rel=0.02)
+    image, counted = np.zeros((1, 64, 96, 3), np.float32), []
+    for depth in (1, 2):  # the difference is a block: resizing the image is not counted
+        small, params = from_tensors(official(width=192, depth=depth))
+        small = small.clone(dtype=jnp.float32, scan=False)
+        counted.append(jax.jit(small.apply).lower({"params": params}, image).compile().cost_analysis()["flops"])
+    ours = dinov2.forward_flops(small, 64, 96) - dinov2.forward_flops(small.clone(depth=1), 64, 96)
+    assert ours == pytest.approx(counted[1] - counted[0], rel=0.1)
+    trainer = make_trainer(aligned, small)
+    expected = 3 * forward_flops(trainer.network, 32, 32) + dinov2.forward_flops(small, 32, 32)
+    assert step_flops(trainer, 32) == expected
