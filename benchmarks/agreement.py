@@ -18,7 +18,10 @@ from conftest import Golden, relative_error
 import deco_jax
 from deco_jax.diffusion.frequency import block_dct, frequency_loss, frequency_weights, rgb_to_ycbcr
 from deco_jax.diffusion.samplers import euler, time_grid
+from deco_jax.encoders.dinov2 import prepare_image
+from deco_jax.encoders.dinov2_weights import from_tensors
 from deco_jax.porting import names
+from deco_jax.porting.infer import ARCHITECTURES
 
 
 def network(case: str) -> dict[str, float]:
@@ -31,12 +34,22 @@ def network(case: str) -> dict[str, float]:
         return jnp.mean((model.apply({"params": params}, x, g["t"], labels) - g.image("target")) ** 2)
 
     by_params, by_x = jax.grad(loss, (0, 1))(params, g.image("x"))
-    theirs, ours = g.group("grad:"), names.to_torch(names.DECO, by_params)
+    theirs, ours = g.group("grad:"), names.to_torch(ARCHITECTURES[g.kind][0], by_params)
     return {
         f"{case}: output": relative_error(v, g.image("out")),
         f"{case}: tokens after block {layer}": relative_error(tokens, g[f"hidden_after_block{layer}"]),
         f"{case}: gradient of x": relative_error(by_x, g.image("grad_x")),
         f"{case}: gradients of {len(theirs)} parameters": max(relative_error(ours[n], theirs[n]) for n in theirs),
+    }
+
+
+def teacher() -> dict[str, float]:
+    g = Golden("dinov2")
+    module, params = from_tensors(g.group("param:"), heads=2)
+    features = module.clone(dtype=jnp.float32).apply({"params": params}, g.image("image"))
+    return {
+        "dinov2: resized image": relative_error(prepare_image(g.image("image")), g.image("resized")),
+        "dinov2: features": relative_error(features, g["features"]),
     }
 
 
@@ -107,7 +120,10 @@ def training() -> dict[str, float]:
 
 
 def main() -> None:
-    errors = network("deco_c2i") | network("deco_c2i_wide") | frequency() | sampling() | training()
+    errors = {}
+    for case in ("deco_c2i", "deco_c2i_wide", "baseline_dit", "pixnerd"):
+        errors |= network(case)
+    errors |= teacher() | frequency() | sampling() | training()
     print("| recorded | largest relative error |\n|---|---|")
     for name, error in errors.items():
         print(f"| {name} | {error:.1e} |")

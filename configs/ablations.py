@@ -1,4 +1,4 @@
-"""The ablations of the paper's Table 4, one field or two away from the L run: ImageNet 256², 200k steps at batch 256.
+"""The paper's ablations (Table 4; alignment: Table 1), a field or two from the L run: ImageNet 256², 200k steps.
 
   deco train --config configs/ablations.py:NAME --workdir DIR --config.data.path=TFDS_DIR
 

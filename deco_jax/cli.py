@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenRun as error:
         if args.debug or error.code == 1:
             traceback.print_exception(error.__cause__)
-        print(f"deco: error: {error}. The same command resumes from the last checkpoint.", file=sys.stderr)
+        print(f"deco: error: {error}. The same command goes on from what is saved.", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(error.code)  # an ordinary exit would wait for the other processes
@@ -174,7 +174,7 @@ def _add_convert(commands) -> None:
     parser.add_argument("--train-state", action="store_true", help="also optimiser, step and projector, to train on")
     parser.add_argument("--without-projector", action="store_true", help="with --train-state: to train without REPA")
     parser.add_argument("--image-size", type=int, help="it was trained on, if SRC does not say (default: 256)")
-    parser.add_argument("--prediction", help="velocity or image, if SRC does not say (default: velocity)")
+    parser.add_argument("--prediction", help="velocity or image, if SRC does not say")
     parser.add_argument("--force", action="store_true", help="replace DST, if it is a file or made by this command")
 
 

@@ -253,7 +253,8 @@ def check_config(config: ConfigDict) -> None:
         )
     if config.loss.alignment_weight and not 1 <= config.loss.alignment_layer <= model.depth:
         raise UsageError(
-            f"loss.alignment_layer={config.loss.alignment_layer} does not exist; model.depth={model.depth}."
+            f"loss.alignment_layer={config.loss.alignment_layer} does not exist; "
+            f"model.depth={model.depth} allows 1 to {model.depth}."
         )
     if config.data.batch_size % config.optimizer.accumulation:
         raise UsageError(

@@ -303,7 +303,13 @@ def _estimate(program: Program) -> Report:
     kinds = {}
     if fsdp > 1:
         part = whole * (fsdp - 1) / fsdp
-        kinds["all-gather"] = {"times": 2 * parts, "bytes": 2 * parts * whole, "wire_bytes": 2 * parts * part}
+        teacher = memory.get("teacher", 0.0) * fsdp
+        gathered = 2 * whole + teacher
+        kinds["all-gather"] = {
+            "times": (2 + bool(teacher)) * parts,
+            "bytes": parts * gathered,
+            "wire_bytes": parts * gathered * (fsdp - 1) / fsdp,
+        }
         kinds["reduce-scatter"] = {"times": parts, "bytes": parts * whole, "wire_bytes": parts * part}
     if data > 1:
         kinds["all-reduce"] = {"times": 1, "bytes": whole / fsdp, "wire_bytes": 2 * whole / fsdp * (data - 1) / data}

@@ -31,8 +31,8 @@ def load_pretrained(
         folder. Neither torch nor any code in a file is used (docs/security.md).
       weights: the moving average, or the weights that were being trained; the same where a file does not
         say which it holds.
-      prediction: what the network predicts, for files that do not say. Ours do; others are taken for velocity, a
-        baseline with a warning, as upstream trains it both ways. Whatever it is, `model` returns velocities.
+      prediction: what the network predicts, for files that do not say. Ours do; others are taken for velocity, but
+        for a baseline it must be given, as upstream trains it both ways. Whatever it is, `model` returns velocities.
 
     Returns:
       (model, params): for `model.apply({"params": params}, x, t, labels)` and `deco_jax.sample`.

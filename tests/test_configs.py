@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from deco_jax.config import check_config, default_config, flatten, load_config
 from deco_jax.diffusion.flow import Draws
+from deco_jax.encoders.teacher import abstract_params, default_teacher
 from deco_jax.errors import UsageError
 from deco_jax.parallel import mesh as meshes
 from deco_jax.porting.networks import parameter_shapes
@@ -58,8 +59,9 @@ def load(name, overrides=()):
 def test_shipped_config_traces_its_train_step(name):
     """Full size, abstractly, on a mesh of eight with parameters split: shapes of the new state equal the old's."""
     config = load(name, ["--config.mesh.fsdp=4"])
-    mesh, trainer = meshes.make_mesh(config.mesh), make_trainer(config)
-    state = abstract_state(trainer, mesh)
+    live = ":" not in name and config.loss.alignment_weight  # the others with stored features
+    mesh, trainer = meshes.make_mesh(config.mesh), make_trainer(config, default_teacher(config) if live else None)
+    state, teacher = abstract_state(trainer, mesh), abstract_params(trainer.teacher, mesh) if live else None
     b, size = config.data.batch_size, config.data.image_size
     sharding = meshes.batch_sharding(mesh)
     batch = {
@@ -67,10 +69,10 @@ def test_shipped_config_traces_its_train_step(name):
         "label": jax.ShapeDtypeStruct((b,), jnp.int32, sharding=sharding),
     }
     tokens = (size // config.model.patch_size) ** 2
-    if config.loss.alignment_weight:
+    if config.loss.alignment_weight and not live:
         batch["features"] = jax.ShapeDtypeStruct((b, tokens, 768), jnp.float16, sharding=sharding)
     with meshes.use_mesh(mesh):
-        after, metrics = jax.eval_shape(jax.jit(trainer.step), state, batch)
+        after, metrics = jax.eval_shape(jax.jit(trainer.step), state, batch, teacher)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     weights = {"loss_frequency": config.loss.frequency_weight, "loss_alignment": config.loss.alignment_weight}
     assert {"loss", "loss_flow", "gradient_norm"} <= metrics.keys()

@@ -10,8 +10,8 @@
 
 import dataclasses
 import json
+import math
 import pathlib
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -93,13 +93,10 @@ def read_contents(path: pathlib.Path) -> tuple[Contents, list[int]]:
 
 
 class StoredFeatures:
-    """The features of every record, read from the disk as they are asked for.
-
-    A copy for another process is small: files are mapped where they are first used.
-    """
+    """The features of every record, read from the disk as they are asked for. No file stays open: there may be many."""
 
     def __init__(self, folder: pathlib.Path):
-        """Opens a folder of which all files are there.
+        """Opens a folder of which all files are there, and looks at each file's header and size.
 
         Raises:
           UsageError: a file is damaged.
@@ -107,24 +104,12 @@ class StoredFeatures:
         self.folder = folder
         self.contents, bad = read_contents(folder / COMPLETE)
         self.bad = frozenset(bad)
-        self._mapped: dict[int, np.ndarray] = {}
-        for file in range(self.contents.files):
-            self._file(file)
+        self._starts = [_check_file(folder, file, self.contents) for file in range(self.contents.files)]
 
     @property
     def digest(self) -> str:
         """A hash of the teacher's weights."""
         return self.contents.teacher
-
-    @property
-    def tokens(self) -> int:
-        """N, features an image."""
-        return self.contents.tokens
-
-    @property
-    def width(self) -> int:
-        """F, channels of a feature."""
-        return self.contents.features
 
     def __getitem__(self, record: int) -> np.ndarray:
         """Of one record: (N, F) float16.
@@ -134,25 +119,30 @@ class StoredFeatures:
         """
         if record in self.bad:
             raise ValueError("it has no stored features: the image was unreadable when they were made")
+        shape = (self.contents.tokens, self.contents.features)
         file, row = divmod(record, self.contents.records_a_file)
-        return self._file(file)[row]
+        count, start = shape[0] * shape[1], self._starts[file]
+        offset = start + row * count * np.dtype(np.float16).itemsize
+        return np.fromfile(features_file(self.folder, file), "<f2", count, offset=offset).reshape(shape)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_mapped": {}}
 
-    def _file(self, file: int) -> np.ndarray:
-        if file not in self._mapped:
-            path, shape = features_file(self.folder, file), self.contents.shape(file)
-            try:
-                array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-            except (OSError, ValueError) as error:
-                raise UsageError(f"{path} cannot be read ({error}). {_remake(self.folder, path.name)}") from error
-            if array.shape != shape or array.dtype != np.float16:
-                raise UsageError(
-                    f"{path} holds {array.shape} {array.dtype}, not {shape} float16. {_remake(self.folder, path.name)}"
-                )
-            self._mapped[file] = array
-        return self._mapped[file]
+def _check_file(folder: pathlib.Path, file: int, contents: Contents) -> int:
+    """The byte at which the numbers of a file begin; UsageError if its header or size is not what it must be."""
+    path, shape = features_file(folder, file), contents.shape(file)
+    try:
+        with path.open("rb") as stream:
+            version = np.lib.format.read_magic(stream)
+            if version != (1, 0):
+                raise ValueError(f"version {version} of the format")
+            there, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            start, size = stream.tell(), path.stat().st_size
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}). {_remake(folder, path.name)}") from error
+    if there != shape or dtype != np.float16:
+        raise UsageError(f"{path} holds {there} {dtype}, not {shape} float16. {_remake(folder, path.name)}")
+    if size != start + math.prod(shape) * dtype.itemsize:
+        raise UsageError(f"{path} has {size} bytes, not what its header says. {_remake(folder, path.name)}")
+    return start
 
 
 def open_features(config: ConfigDict, source: Source) -> StoredFeatures:

@@ -77,7 +77,9 @@ def _prepare(config: ConfigDict, out: str, batch_size: int) -> None:
             return
         if first:
             print(_summary(contents, folder))
-        distributed.together(lambda: _write_files(config, source, teacher, contents, folder, batch_size))
+        _write_files(
+            config, source, teacher, contents, folder, batch_size
+        )  # one that fails does not wait for the others
         distributed.together(lambda: _complete(config, source, contents, folder) if first else None)
     if first:
         print(f"{folder} is done. To train with it: --config.teacher.stored={folder}")

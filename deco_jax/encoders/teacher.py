@@ -145,8 +145,11 @@ def _download(name: str, target: pathlib.Path) -> None:
         shutil.rmtree(draft / ".cache", ignore_errors=True)
         if not (draft / "model.safetensors").exists():
             raise FileNotFoundError(f"{name} has no model.safetensors")
-        if not target.exists():  # another process of this run may have been faster
+        try:
             draft.rename(target)
+        except OSError:
+            if not target.exists():  # else another process of this run was faster
+                raise
 
 
 def _dtype(path: tuple[Any, ...], dtype: jnp.dtype) -> jnp.dtype:

@@ -73,6 +73,7 @@ def frechet_distance(
 
 
 def _square_root(matrix_DxD: np.ndarray) -> np.ndarray:
-    """Of a positive semi-definite matrix; eigenvalues that rounding made negative count as 0."""
+    """Of a positive semi-definite matrix; eigenvalues that rounding cannot tell from 0 count as 0."""
     values_D, vectors_DxD = np.linalg.eigh(matrix_DxD)
-    return (vectors_DxD * np.sqrt(np.maximum(values_D, 0))) @ vectors_DxD.T
+    smallest = len(values_D) * np.finfo(float).eps * values_D[-1]
+    return (vectors_DxD * np.sqrt(np.where(values_D > smallest, values_D, 0))) @ vectors_DxD.T

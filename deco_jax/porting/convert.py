@@ -42,7 +42,8 @@ class Bundle:
     step: int = 0
     origin: str = ""  # path of the source
     fingerprint: str | None = None  # of the data, if the source is a run of ours
-    decisive: tuple[str, ...] = ()  # fields that training on must not change, if it is not
+    teacher: str = ""  # hash of the one it was aligned to, if the source says
+    decisive: tuple[str, ...] = ()  # fields that training on must not change, if it is not a run of ours
 
     @property
     def table(self) -> dict[str, str]:
@@ -76,7 +77,7 @@ def convert(
       train_state: carry the optimiser's moments, the step and the projector as well, so that training goes on.
       projector: with train_state; False leaves it out, for training on without representation alignment.
       image_size: side of the images it was trained on, for sources that do not say (256 otherwise).
-      prediction: what the network predicts, velocity or image, for sources that do not say (velocity otherwise).
+      prediction: what the network predicts, velocity or image, for sources that do not say.
       force: replace `target` if it is a file, or a folder that was made by converting.
 
     Raises:
@@ -195,6 +196,7 @@ def _read_checkpoint(
     part = jax.tree.map(np.asarray, checkpoint.restore_part(where, step, asked))
     bundle = Bundle(config, origin=source, step=step, ema=part.get("ema"))
     bundle.fingerprint, bundle.decisive = meta["fingerprint"] or None, tuple(meta.get("decisive", ()))
+    bundle.teacher = meta.get("teacher", "") if projector else ""
     bundle.online = part["params"]["network"] if "params" in part else None
     if train_state:
         adam = moments.adam_state(part["opt_state"])
@@ -232,7 +234,7 @@ def _write_checkpoint(bundle: Bundle, path: pathlib.Path) -> None:
         state = TrainState(np.int32(bundle.step), params, bundle.ema, optimizer, skipped, np.int32(0))
     model = build_model(config.model)
     parameters = sum(x.size for x in jax.tree.leaves(networks.parameter_shapes(model)))
-    meta = checkpoint.make_meta(config, bundle.fingerprint or "", parameters, __version__)
+    meta = checkpoint.make_meta(config, bundle.fingerprint or "", parameters, __version__, bundle.teacher)
     meta |= {"converted_from": bundle.origin, "weights_only": bundle.moments is None}
     meta |= {"decisive": bundle.decisive} if bundle.fingerprint is None else {}
     saved = checkpoint.Checkpoints(path, keep=1, keep_every=0)

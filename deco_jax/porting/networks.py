@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from flax import linen as nn
 from ml_collections import ConfigDict
 
@@ -76,7 +75,7 @@ def open_networks(path: str | os.PathLike, prediction: str | None = None) -> Sto
 
     Args:
       path: of the file or folder.
-      prediction: of the network, velocity or image, for files that do not say; None takes those for velocity.
+      prediction: of the network, velocity or image, for files that do not say; those of a baseline need it.
 
     Raises:
       UsageError: it cannot be read, or its tensors do not make a network, and they are listed; or it predicts
@@ -96,10 +95,9 @@ def open_networks(path: str | os.PathLike, prediction: str | None = None) -> Sto
     said = [place["prediction"] for place in (file.metadata, file.config, file.rest) if "prediction" in place]
     prediction = settle_prediction(path, said, prediction)
     if prediction is None and sizes[0]["kind"] == "baseline":
-        logging.warning(
-            "%s does not say what its baseline predicts, and both are in use: it is taken for velocity. If its samples "
-            "look wrong, open it with prediction='image' (deco convert --prediction image).",
-            path,
+        raise UsageError(
+            f"{path} does not say whether its baseline predicts velocities or images; both are in use and have the "
+            "same tensors. Say which: prediction='velocity' or 'image' (deco convert --prediction velocity, or image)."
         )
     return Stored(str(path), sizes[0] | {"prediction": prediction or "velocity"}, networks, file)
 

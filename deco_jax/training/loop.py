@@ -105,6 +105,7 @@ def _train(config: ConfigDict, folder: pathlib.Path, stop: StopRequest, closing:
         (folder / "config.json").write_text(config.to_json_best_effort(indent=2))
         print(_summary(config, parts, parameters, latest))
     run = _Run(config, folder, parts, checkpoints, meta, clock)
+    del parts  # the run lets go of the teacher's copy on this host
     closing.push(run.close)
     run.loop(state, abstract, step, stop)
     with clock.phase("checkpoint"):
@@ -185,10 +186,11 @@ class _Run:
         """Steps to the end, from `step`. The order makes resuming exact: what is saved has not seen the next batch."""
         config, start = self.config.train, step
         rows = meshes.host_rows(self.mesh, self.config.data.batch_size)
-        parts = self.parts
-        host_batches = pipeline.batches(self.config.data, self.config.seed, parts.source, step, rows, parts.features)
+        source, features = self.parts.source, self.parts.features
+        host_batches = pipeline.batches(self.config.data, self.config.seed, source, step, rows, features)
         train_step = jit_step(self.trainer, abstract, self.mesh)
-        teacher = None if parts.teacher is None else teachers.place(parts.teacher, self.mesh)
+        teacher = None if self.parts.teacher is None else teachers.place(self.parts.teacher, self.mesh)
+        self.parts = dataclasses.replace(self.parts, teacher=None)
         logged = None  # (step, its metrics, still on the devices): read when the next step is under way
         unheard = None  # (metrics, notes) of the step under way
         with meshes.use_mesh(self.mesh), contextlib.closing(host_batches):

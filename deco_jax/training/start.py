@@ -127,8 +127,10 @@ def first_state(
     if weights is None:
         return state
     wanted = {"params": {"network": abstract.params["network"]}, "ema": abstract.ema}
-    theirs, ours = checkpoint.read_meta(*weights)["config"]["loss"], trainer.config.loss
-    if theirs["alignment_weight"] and ours.alignment_weight and theirs["alignment_features"] == ours.alignment_features:
+    meta, ours = checkpoint.read_meta(*weights), trainer.config.loss
+    theirs = meta["config"]["loss"]
+    aligned = ours.alignment_weight and theirs["alignment_weight"] and not meta.get("weights_only")
+    if aligned and theirs["alignment_features"] == ours.alignment_features:
         wanted["params"]["projector"] = abstract.params["projector"]
     part = checkpoint.restore_part(*weights, wanted)
     return state.replace(params={**state.params, **part["params"]}, ema=part["ema"])

@@ -4,6 +4,7 @@ import itertools
 import json
 import pathlib
 import pickle
+import resource
 
 import jax
 import numpy as np
@@ -106,7 +107,7 @@ def test_stored_features_are_those_the_teacher_computes(config, tmp_path, capsys
     source = open_source(config.data)
     config.teacher.stored = str(folder)
     features = open_features(config, source)
-    assert (features.tokens, features.width, features.bad) == (TOKENS, WIDTH, frozenset())
+    assert (features[0].shape, features.bad) == ((TOKENS, WIDTH), frozenset())
     assert features.digest == load_teacher(config).digest
     for record in (0, 3, 4, 9):
         np.testing.assert_array_equal(features[record], np.concatenate(arrays)[record])
@@ -157,7 +158,10 @@ def test_a_file_that_was_removed_is_made_again(config, tmp_path):
     path = features_file(tmp_path, 1)
     path.write_bytes(before[path.name][1][:-1])
     config.teacher.stored = str(tmp_path)
-    with pytest.raises(UsageError, match=f"{path.name} cannot be read .*Remove {path.name} and run again: deco prep"):
+    with pytest.raises(
+        UsageError,
+        match=f"{path.name} has .* bytes, not what its header says. Remove {path.name} and run again: deco prep",
+    ):
         open_features(config, open_source(config.data))
     path.unlink()
     prepare_teacher(config, str(tmp_path), batch_size=8)
@@ -331,6 +335,20 @@ def test_every_image_comes_with_its_own_features(config, tmp_path, workers):
     assert not {3, 5, 7} & set(np.concatenate([batch["label"] for batch in taken]).tolist())
 
 
+def test_more_files_than_a_process_may_open(tmp_path):
+    """At 512² ImageNet's features are 1,879 files; usually 1,024 may be open. With a mapping each would be."""
+    features = StoredFeatures(numbered(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(pathlib.Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 2, hard))  # a file for the listing, and one more
+    try:
+        again = StoredFeatures(tmp_path)
+        taken = [again[i] for i in (0, 4, 8, 1, 6, 9)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    np.testing.assert_array_equal(taken, [features[i] for i in (0, 4, 8, 1, 6, 9)])
+
+
 def test_a_copy_for_a_worker_is_small(tmp_path):
     """Guards against pickling what is mapped: half a terabyte to each of eight workers."""
     features = StoredFeatures(numbered(tmp_path))
@@ -377,7 +395,7 @@ def test_pickles_are_not_opened(config, tmp_path):
     """A folder of features may come from a stranger."""
     np.save(features_file(numbered(tmp_path), 1), np.full((4, TOKENS, WIDTH), None))
     config.teacher.stored = str(tmp_path)
-    with pytest.raises(UsageError, match="features-00001.npy cannot be read"):
+    with pytest.raises(UsageError, match=r"features-00001.npy holds \(4, 4, 64\) object"):
         open_features(config, Numbers())
 
 

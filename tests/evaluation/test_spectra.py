@@ -182,7 +182,7 @@ def baseline(golden, tmp_path):
     """The recorded baseline as a file of its own."""
     (tmp_path / "other").mkdir()
     path = tmp_path / "other" / "run"
-    save_file(golden("baseline_dit").group("param:"), path.with_suffix(".safetensors"))
+    save_file(golden("baseline_dit").group("param:"), path.with_suffix(".safetensors"), {"prediction": "velocity"})
     return str(path.with_suffix(".safetensors"))
 
 

@@ -12,13 +12,14 @@ from safetensors.numpy import load_file, save_file
 import deco_jax
 from deco_jax.cli import main
 from deco_jax.errors import UsageError
+from deco_jax.parallel import mesh as meshes
 from deco_jax.porting import convert as module
 from deco_jax.porting import moments, names, networks
-from deco_jax.porting.convert import convert, read
+from deco_jax.porting.convert import Bundle, _write_checkpoint, convert, read
 from deco_jax.porting.files import open_weights
 from deco_jax.training import checkpoint
 from deco_jax.training.loop import train
-from deco_jax.training.start import abstract_on_host
+from deco_jax.training.start import abstract_on_host, abstract_state, find_weights, first_state
 from deco_jax.training.state import TrainState
 from deco_jax.training.step import make_trainer
 
@@ -242,11 +243,27 @@ def test_a_file_with_one_set_serves_as_both(tmp_path, prefix, has):
         assert_trees_equal(deco_jax.load_pretrained(str(tmp_path / "run"), weights)[1], expected)
 
 
+def test_converted_weights_start_an_aligned_run_and_remember_their_teacher(tiny_config, tmp_path):
+    """A run with alignment, converted as weights: no projector is there, so the new run makes its own."""
+    tiny_config.loss.update(alignment_weight=0.5, alignment_layer=1, alignment_features=24)
+    trainer, mesh = make_trainer(tiny_config), meshes.make_mesh(tiny_config.mesh)
+    abstract = abstract_state(trainer, mesh)
+    network = jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), abstract.ema)
+    _write_checkpoint(Bundle(tiny_config, network, network, fingerprint="digits", teacher="abc"), tmp_path / "run")
+    convert(str(tmp_path / "run"), str(tmp_path / "copy"))
+    assert checkpoint.read_meta(*checkpoint.find_checkpoint(str(tmp_path / "copy")))["teacher"] == "abc"
+    tiny_config.train.init_from = str(tmp_path / "copy")
+    state = first_state(trainer, abstract, mesh, find_weights(tiny_config))
+    assert_trees_equal(state.params["network"], network)
+    projector = jax.tree.leaves(state.params["projector"])
+    assert all(isinstance(x, jax.Array) for x in projector) and any(np.any(x != 0.5) for x in projector)
+
+
 @pytest.mark.parametrize("case", ["baseline_dit", "pixnerd"])
 def test_the_comparison_networks_open_compute_and_convert(golden, error, tmp_path, case):
     """From a file of PyTorch's, from a checkpoint made of it, and from a folder made of that."""
     g = golden(case)
-    save_file(g.group("param:"), tmp_path / "x.safetensors")
+    save_file(g.group("param:"), tmp_path / "x.safetensors", {"prediction": "velocity"})
     convert(str(tmp_path / "x.safetensors"), str(tmp_path / "run"))
     convert(str(tmp_path / "run"), str(tmp_path / "hf"), kind="huggingface")
     for name in ("x.safetensors", "run", "hf"):

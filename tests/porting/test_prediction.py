@@ -5,7 +5,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from absl import logging
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -22,14 +21,6 @@ from deco_jax.training.start import find_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 TARGETS = {"run": "checkpoint", "x.safetensors": "safetensors", "x.ckpt": "ckpt", "hf": "huggingface"}
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    """Messages that were logged as warnings."""
-    messages = []
-    monkeypatch.setattr(logging, "warning", lambda text, *values: messages.append(text % values))
-    return messages
 
 
 @pytest.fixture
@@ -56,26 +47,27 @@ def new_run(tmp_path):
     return make
 
 
-def test_a_baseline_that_does_not_say_is_taken_for_velocity_with_a_warning(foreign, warnings):
-    model, _ = deco_jax.load_pretrained(foreign)
-    assert model.prediction == "velocity"
-    assert len(warnings) == 1 and "does not say what its baseline predicts" in warnings[0]
+def test_a_baseline_that_does_not_say_is_not_opened_until_someone_does(foreign, tmp_path):
+    """Its tensors are the same either way, and sampled as the wrong one they make noise."""
+    message = "does not say whether its baseline predicts velocities or images"
+    with pytest.raises(UsageError, match=message):
+        deco_jax.load_pretrained(foreign)
+    with pytest.raises(UsageError, match=message):
+        convert(foreign, str(tmp_path / "run"))
     for prediction in ("image", "velocity"):
         assert deco_jax.load_pretrained(foreign, prediction=prediction)[0].prediction == prediction
-    assert len(warnings) == 1, "who says it is not warned"
     with pytest.raises(UsageError, match="prediction='noise' is not known; allowed: velocity, image"):
         deco_jax.load_pretrained(foreign, prediction="noise")
 
 
-def test_only_the_baseline_is_in_doubt(golden, tmp_path, warnings):
+def test_only_the_baseline_is_in_doubt(golden, tmp_path):
     for case in ("deco_c2i", "pixnerd"):
         save_file(golden(case).group("param:"), tmp_path / "x.safetensors")
         assert deco_jax.load_pretrained(str(tmp_path / "x.safetensors"))[0].prediction == "velocity"
-    assert not warnings
 
 
 @pytest.mark.parametrize("prediction", ["image", "velocity"])
-def test_every_format_carries_it(golden, error, foreign, tmp_path, warnings, prediction):
+def test_every_format_carries_it(golden, error, foreign, tmp_path, prediction):
     """From a file that does not say, over a checkpoint of ours, to each format and back from it."""
     g = golden("baseline_dit")
     x, out, t = g.image("x"), g.image("out").astype(float), g["t"].astype(float)[:, None, None, None]
@@ -99,7 +91,6 @@ def test_every_format_carries_it(golden, error, foreign, tmp_path, warnings, pre
         assert back.config.model.prediction == prediction
         if back.fingerprint is None:
             assert "model.prediction" in back.decisive, "a run could go on with the other prediction"
-    assert not warnings
 
 
 def test_where_it_stands(new_run, tmp_path):
