@@ -116,7 +116,7 @@ def batches(
 
 def read_ahead(dataset: grain.MapDataset, workers: int) -> Iterator[Any]:
     """The elements of `dataset` (one at least) in order, made ahead by so many processes; 0 = threads in this one."""
-    # Threads and buffers count batches: of up to 50 MB each, with stored features (256², 256 rows) 150 MB.
+    # Threads and buffers count batches: 256 rows of 256² are 50 MB, with stored features 150 MB; of 512², four times.
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
     dataset = dataset.to_iter_dataset(options)
     if workers:
