@@ -186,7 +186,7 @@ def test_sample_draws_the_same_image_whatever_the_batch(interrupted, tmp_path):
         ),
         (
             ["train", *TINY, "--workdir=W", "--config.loss.alignment_weight=0.5", "--config.loss.alignment_layer=1"],
-            "loss.alignment_weight=0.5 needs a teacher's features",
+            "data.image_size=28 is not divisible by 16, as the teacher needs; nearest: 16 and 32",
         ),
         (["train", *TINY, "--workdir=W", "--config.data.source=folder"], "data.path='' is no folder"),
         (["sample", "--workdir=W", "--out=O"], "does not exist; expected a workdir of `deco train`"),
