@@ -10,7 +10,7 @@ import tempfile
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="deco_jax_tests_"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # where libtpu or CUDA is installed, too
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA's older code for CPUs compiles in half the time
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA's older code for CPUs compiles sooner
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 import jax

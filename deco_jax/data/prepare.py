@@ -327,7 +327,10 @@ def _bad_so_far(folder: pathlib.Path, contents: Contents) -> list[int]:
     """Numbers of the records that could not be read when the files that are there were made."""
     missing = set(missing_files(folder, contents))
     paths = [bad_file(features_file(folder, file)) for file in range(contents.files) if file not in missing]
-    return [record for path in paths if path.exists() for record in json.loads(path.read_text())]
+    try:
+        return [int(record) for path in paths if path.exists() for record in json.loads(path.read_text())]
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{folder}: a features-*.bad.json is damaged ({error}); remove it and its .npy.") from error
 
 
 def _complete(config: ConfigDict, source: Source, contents: Contents, folder: pathlib.Path) -> None:

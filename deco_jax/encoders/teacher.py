@@ -39,13 +39,14 @@ def load_teacher(config: ConfigDict) -> Teacher:
       UsageError: its weights are not to be had, are damaged, or those of a network of another size.
     """
     path = find_weights(config.teacher.weights, config.teacher.cache)
-    module, params = read_dinov2(path, jnp.dtype(config.model.dtype))
+    module, params = read_dinov2(path)
     if module.width != config.loss.alignment_features:
         raise UsageError(
             f"teacher.weights={config.teacher.weights} has features of {module.width} channels, and "
             f"loss.alignment_features={config.loss.alignment_features}; they must be equal."
         )
-    return Teacher(for_run(module, config), _cast(params, module.dtype), _digest(params))
+    module = _for_run(module, config)
+    return Teacher(module, _cast(params, module.dtype), _digest(params))
 
 
 def default_teacher(config: ConfigDict) -> DINOv2:
@@ -59,10 +60,10 @@ def default_teacher(config: ConfigDict) -> DINOv2:
     if sizes is None:
         widths = ", ".join(f"{sizes['width']} ({name})" for name, sizes in SIZES.items())
         raise UsageError(f"loss.alignment_features={features} is no width of a published DINOv2; those are: {widths}.")
-    return for_run(DINOv2(**sizes), config)
+    return _for_run(DINOv2(**sizes), config)
 
 
-def for_run(module: DINOv2, config: ConfigDict) -> DINOv2:
+def _for_run(module: DINOv2, config: ConfigDict) -> DINOv2:
     """The network as the run's `model` part says: dtype, attention, scan."""
     attention = None if config.model.attention == "default" else config.model.attention
     return module.clone(

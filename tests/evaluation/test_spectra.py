@@ -139,8 +139,8 @@ def test_a_network_that_diverges_is_an_error():
         measure_spectra(Waves(), jnp.float32(np.nan), images=1, seed=0, image_size=32, batch_size=1, steps=1)
 
 
-def falling(rate, last=0.0):
-    return Spectra(np.expm1(np.linspace(1, rate, 64)), np.expm1(np.linspace(1, 0.3, 64)), 4, 0, 32, 5, 1.0)
+def falling(last):
+    return Spectra(np.expm1(np.linspace(1, last, 64)), np.expm1(np.linspace(1, 0.3, 64)), 4, 0, 32, 5, 1.0)
 
 
 def test_where_a_curve_falls():
