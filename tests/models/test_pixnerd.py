@@ -1,4 +1,4 @@
-"""PixNerd against the recorded PyTorch network: outputs, hidden tokens, loss, and every gradient."""
+"""PixNerd: sizes, initialisation, cost, mistakes. Its numbers are in test_comparisons."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,9 @@ from flax import linen as nn
 
 from deco_jax.config import check_config, default_config
 from deco_jax.errors import UsageError
-from deco_jax.models import PixNerd, build_model
+from deco_jax.models import build_model
 from deco_jax.models.flops import forward_flops
 from deco_jax.porting import names
-
-# The same parameters through ways of compiling the blocks.
-VARIANTS = {"scanned": {}, "unrolled": {"scan": False}, "scanned, full remat": {"remat": "full"}}
 
 
 def new_config(**changes):
@@ -28,34 +25,6 @@ def apply(model, g, x, params=None, **options):
     )
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_outputs_equal_the_recorded_ones(golden, error, variant):
-    g = golden("pixnerd")
-    layer = g.config["align_layer"]
-    v, tokens = apply(g.model(**VARIANTS[variant]), g, g.image("x"), hidden_layer=layer)
-    assert isinstance(g.model(), PixNerd) and v.dtype == jnp.float32
-    assert error(v, g.image("out")) < 2e-5
-    assert error(tokens, g[f"hidden_after_block{layer}"]) < 2e-5
-    assert error(apply(g.model(**VARIANTS[variant]), g, g.image("x")), v) < 1e-6
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_equal_the_recorded_ones(golden, error, variant):
-    g = golden("pixnerd")
-    model, target = g.model(**VARIANTS[variant]), g.image("target")
-
-    def loss(params, x):
-        return jnp.mean((apply(model, g, x, params) - target) ** 2)
-
-    value, (by_params, by_x) = jax.jit(jax.value_and_grad(loss, (0, 1)))(g.params(), g.image("x"))
-    assert error(value, g["loss"]) < 2e-5
-    assert error(by_x, g.image("grad_x")) < 1e-4
-    ours, theirs = names.to_torch(names.PIXNERD, by_params), g.group("grad:")
-    assert ours.keys() == theirs.keys(), "a parameter without a recorded gradient, or the reverse"
-    for name in theirs:
-        assert error(ours[name], theirs[name]) < 1e-4, name
-
-
 def test_full_size_parameters(full_size_shapes, shapes_of):
     """The count of the paper's model, and every tensor of the published one in its shape, nothing left over."""
     abstract = shapes_of(build_model(new_config(decoder_width=64, decoder_depth=2).model))
@@ -66,13 +35,6 @@ def test_full_size_parameters(full_size_shapes, shapes_of):
     }
     filled = names.from_torch(names.PIXNERD, published, abstract)
     assert jax.tree.map(lambda x: x.shape, filled) == jax.tree.map(lambda x: x.shape, abstract)
-
-
-def test_bfloat16_computes_in_bfloat16_and_returns_float32(golden, error):
-    g = golden("pixnerd")
-    v, tokens = apply(g.model(dtype=jnp.bfloat16), g, g.image("x"), hidden_layer=1)
-    assert v.dtype == jnp.float32 and tokens.dtype == jnp.bfloat16
-    assert 1e-4 < error(v, g.image("out")) < 0.05
 
 
 def test_initialisation_is_the_published_one():
