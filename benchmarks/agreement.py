@@ -8,20 +8,21 @@ import pathlib
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import Golden, relative_error
 
 import deco_jax
 from deco_jax.diffusion.frequency import block_dct, frequency_loss, frequency_weights, rgb_to_ycbcr
-from deco_jax.diffusion.samplers import euler, time_grid
-from deco_jax.encoders.dinov2 import prepare_image
-from deco_jax.encoders.dinov2_weights import from_tensors
-from deco_jax.porting import names
-from deco_jax.porting.infer import ARCHITECTURES
+from deco_jax.encoders.dinov2.model import prepare_image
+from deco_jax.encoders.dinov2.weights import from_tensors
+from deco_jax.pretrained import names
+from deco_jax.pretrained.infer import ARCHITECTURES
+from deco_jax.sampling.solvers import euler, time_grid
+from deco_jax.weights import translate
+from tests.helpers import Golden, relative_error
 
 
 def network(case: str) -> dict[str, float]:
@@ -34,7 +35,7 @@ def network(case: str) -> dict[str, float]:
         return jnp.mean((model.apply({"params": params}, x, g["t"], labels) - g.image("target")) ** 2)
 
     by_params, by_x = jax.grad(loss, (0, 1))(params, g.image("x"))
-    theirs, ours = g.group("grad:"), names.to_torch(ARCHITECTURES[g.kind][0], by_params)
+    theirs, ours = g.group("grad:"), translate.to_torch(ARCHITECTURES[g.kind][0], by_params)
     return {
         f"{case}: output": relative_error(v, g.image("out")),
         f"{case}: tokens after block {layer}": relative_error(tokens, g[f"hidden_after_block{layer}"]),
@@ -114,7 +115,7 @@ def training() -> dict[str, float]:
     }
     errors = {"training: 4 losses of 10 steps": max(map(relative_error, losses.ravel(), g["losses"].ravel()))}
     for label, (group, table, params) in groups.items():
-        ours, theirs = names.to_torch(table, params), g.group(f"final:{group}.")
+        ours, theirs = translate.to_torch(table, params), g.group(f"final:{group}.")
         errors[f"training: {label} after 10 steps"] = max(relative_error(ours[n], theirs[n]) for n in theirs)
     return errors
 

@@ -38,19 +38,19 @@ from ml_collections import ConfigDict
 from deco_jax.config import check_config, default_config
 from deco_jax.data.sources import Digits, open_source
 from deco_jax.diffusion.flow import to_uint8
-from deco_jax.diffusion.samplers import SETTINGS
 from deco_jax.errors import UsageError
 from deco_jax.evaluation.digits import DigitClassifier
 from deco_jax.evaluation.frechet import Moments, frechet_distance
 from deco_jax.evaluation.generate import generate
-from deco_jax.evaluation.images import make_grid, save_png
 from deco_jax.evaluation.spectra import measure_spectra
 from deco_jax.evaluation.spectra_report import Spectra, require_matplotlib, write_spectra
 from deco_jax.models import build_model
 from deco_jax.models.flops import forward_flops
-from deco_jax.porting.networks import parameter_shapes
-from deco_jax.pretrained import load_pretrained
-from deco_jax.sampling import image_noise
+from deco_jax.pretrained.load import load_pretrained
+from deco_jax.pretrained.networks import parameter_shapes
+from deco_jax.sampling.pictures import make_grid, save_png
+from deco_jax.sampling.sample import image_noise
+from deco_jax.sampling.solvers import SETTINGS
 from deco_jax.training.loop import train
 
 SYSTEMS = {  # name: model.kind, loss.frequency_weight

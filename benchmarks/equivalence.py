@@ -21,9 +21,9 @@ import numpy as np
 
 from deco_jax.config import default_config
 from deco_jax.encoders import teacher as teachers
-from deco_jax.encoders.dinov2 import DINOv2
+from deco_jax.encoders.dinov2.model import DINOv2
 from deco_jax.parallel import mesh as meshes
-from deco_jax.sampling import image_noise, sample
+from deco_jax.sampling.sample import image_noise, sample
 from deco_jax.training.start import abstract_state, check_devices
 from deco_jax.training.step import jit_step, make_trainer
 

@@ -58,8 +58,8 @@ def _add_prepare(commands) -> None:
 
 def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
     from deco_jax.config import load_config
-    from deco_jax.data.prepare import prepare_teacher
-    from deco_jax.parallel.distributed import initialize
+    from deco_jax.parallel.processes import initialize
+    from deco_jax.preparation.teacher import prepare_teacher
 
     config = load_config(args.config, overrides)
     initialize(config.train.heartbeat_timeout)
@@ -77,7 +77,7 @@ def _add_train(commands) -> None:
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     from deco_jax.config import load_config
-    from deco_jax.parallel.distributed import initialize
+    from deco_jax.parallel.processes import initialize
     from deco_jax.training.loop import train
 
     config = load_config(args.config, overrides)
@@ -109,8 +109,8 @@ def _add_sample(commands) -> None:
 
 
 def _sample(args: argparse.Namespace, _: list[str]) -> None:
-    from deco_jax.diffusion.samplers import SETTINGS
     from deco_jax.evaluation.generate import generate_to_folder
+    from deco_jax.sampling.solvers import SETTINGS
 
     settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     generate_to_folder(
@@ -215,8 +215,8 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
 
     import jax
 
-    from deco_jax.plan import plan
-    from deco_jax.plan_report import to_text
+    from deco_jax.planning.plan import plan
+    from deco_jax.planning.report import to_text
 
     jax.config.update("jax_platforms", "cpu")  # what compiles is this machine's CPU, whatever else it has
     report = plan(

@@ -17,11 +17,11 @@ from ml_collections import ConfigDict, config_flags
 from deco_jax.data.sources import SOURCES
 from deco_jax.diffusion.flow import TIME_DISTRIBUTIONS
 from deco_jax.diffusion.frequency import WEIGHT_MODES
-from deco_jax.diffusion.samplers import SETTINGS, check_sampling
 from deco_jax.encoders.teacher import check_grids
 from deco_jax.errors import UsageError
 from deco_jax.models import build_model
 from deco_jax.parallel.mesh import axis_sizes
+from deco_jax.sampling.solvers import SETTINGS, check_sampling
 
 
 def default_config() -> ConfigDict:

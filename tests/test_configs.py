@@ -17,7 +17,7 @@ from deco_jax.diffusion.flow import Draws
 from deco_jax.encoders.teacher import abstract_params, default_teacher
 from deco_jax.errors import UsageError
 from deco_jax.parallel import mesh as meshes
-from deco_jax.porting.networks import parameter_shapes
+from deco_jax.pretrained.networks import parameter_shapes
 from deco_jax.training.start import abstract_state
 from deco_jax.training.state import init_state
 from deco_jax.training.step import make_trainer

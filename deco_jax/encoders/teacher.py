@@ -15,8 +15,8 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from deco_jax.encoders.dinov2 import SIZES, DINOv2
-from deco_jax.encoders.dinov2_weights import WHERE, read_dinov2
+from deco_jax.encoders.dinov2.model import SIZES, DINOv2
+from deco_jax.encoders.dinov2.weights import WHERE, read_dinov2
 from deco_jax.errors import UsageError
 from deco_jax.parallel import mesh as meshes
 

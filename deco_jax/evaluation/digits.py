@@ -15,13 +15,13 @@ from ml_collections import ConfigDict
 from scipy.ndimage import affine_transform
 from scipy.spatial.distance import cdist
 
+from deco_jax.checkpoints import store as checkpoint
 from deco_jax.config import default_config
 from deco_jax.data.sources import Digits
-from deco_jax.diffusion.samplers import SETTINGS
 from deco_jax.evaluation.generate import generate
-from deco_jax.evaluation.images import make_grid, save_png
-from deco_jax.pretrained import load_pretrained
-from deco_jax.training import checkpoint
+from deco_jax.pretrained.load import load_pretrained
+from deco_jax.sampling.pictures import make_grid, save_png
+from deco_jax.sampling.solvers import SETTINGS
 
 SAMPLES = 500
 SHOWN_A_CLASS = 12

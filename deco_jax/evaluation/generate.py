@@ -11,15 +11,15 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from deco_jax.checkpoints import store as checkpoint
 from deco_jax.config import default_config
 from deco_jax.diffusion.flow import to_uint8
-from deco_jax.diffusion.samplers import SETTINGS, check_sampling
 from deco_jax.errors import UsageError
-from deco_jax.evaluation.images import make_grid, save_png
 from deco_jax.parallel import mesh as meshes
-from deco_jax.pretrained import load_pretrained
-from deco_jax.sampling import image_noise, label_numbers, sample
-from deco_jax.training import checkpoint
+from deco_jax.pretrained.load import load_pretrained
+from deco_jax.sampling.pictures import make_grid, save_png
+from deco_jax.sampling.sample import image_noise, label_numbers, sample
+from deco_jax.sampling.solvers import SETTINGS, check_sampling
 
 GRID_IMAGES = 256  # a grid shows the first ones only
 

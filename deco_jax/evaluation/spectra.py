@@ -20,16 +20,16 @@ from jax import Array, lax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from deco_jax.checkpoints import store as checkpoint
 from deco_jax.config import default_config
 from deco_jax.diffusion.frequency import BLOCK, block_dct
-from deco_jax.diffusion.samplers import check_sampling, time_grid
 from deco_jax.errors import UsageError
 from deco_jax.evaluation.spectra_report import FILES, Spectra, ZIGZAG_64x2, require_matplotlib, write_spectra
 from deco_jax.parallel import mesh as meshes
-from deco_jax.porting.networks import is_weight_file, model_config, open_networks
-from deco_jax.pretrained import load_pretrained
-from deco_jax.sampling import image_noise
-from deco_jax.training import checkpoint
+from deco_jax.pretrained.load import load_pretrained
+from deco_jax.pretrained.networks import is_weight_file, model_config, open_networks
+from deco_jax.sampling.sample import image_noise
+from deco_jax.sampling.solvers import check_sampling, time_grid
 
 MIN_SIDE = BLOCK // 2 + 1  # a shorter side cannot be reflected into a block of 8
 

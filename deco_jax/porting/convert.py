@@ -13,17 +13,19 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from deco_jax.checkpoints import store as checkpoint
 from deco_jax.config import default_config, flatten
 from deco_jax.errors import UsageError
+from deco_jax.export.diffusers_folder import diffusers_files
 from deco_jax.models import build_model
 from deco_jax.models.build import KINDS
-from deco_jax.porting import folder, moments, names, networks
-from deco_jax.porting.diffusers_folder import diffusers_files
-from deco_jax.porting.infer import ARCHITECTURES
-from deco_jax.training import checkpoint
+from deco_jax.porting import folder, moments
+from deco_jax.pretrained import networks
+from deco_jax.pretrained.infer import ARCHITECTURES
 from deco_jax.training.start import abstract_on_host
 from deco_jax.training.state import TrainState
 from deco_jax.version import __version__
+from deco_jax.weights import translate
 
 # What is in the folders that are written here.
 CONVERTED = {checkpoint.FOLDER, "config.json", "model.safetensors", "README.md", *diffusers_files(0)} | {"transformer"}
@@ -52,7 +54,7 @@ class Bundle:
 
     def tensors(self, which: str) -> dict[str, np.ndarray]:
         """The "ema" or "online" weights under PyTorch's names, in the order of PyTorch's modules."""
-        return names.to_torch(self.table, self.ema if which == "ema" else self.online)
+        return translate.to_torch(self.table, self.ema if which == "ema" else self.online)
 
 
 def convert(

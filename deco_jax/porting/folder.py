@@ -10,11 +10,11 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from deco_jax.diffusion.samplers import SETTINGS
+from deco_jax.checkpoints import store as checkpoint
 from deco_jax.errors import UsageError
+from deco_jax.export.diffusers_folder import diffusers_files
 from deco_jax.models.build import KINDS
-from deco_jax.porting.diffusers_folder import diffusers_files
-from deco_jax.training import checkpoint
+from deco_jax.sampling.solvers import SETTINGS
 from deco_jax.version import __version__
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 
 from deco_jax.errors import UsageError
-from deco_jax.porting import names, networks
+from deco_jax.pretrained import names, networks
+from deco_jax.weights import translate
 
 if TYPE_CHECKING:
     from deco_jax.porting.convert import Bundle
@@ -66,10 +67,10 @@ def read(stored: networks.Stored, bundle: "Bundle") -> None:
     trees = []
     like = bundle.online
     for tensors in moments:
-        tree = {"network": names.from_torch(stored.table, dict(zip(online, tensors, strict=False)), like)}
+        tree = {"network": translate.from_torch(stored.table, dict(zip(online, tensors, strict=False)), like)}
         if bundle.projector is not None:
             rest = dict(zip(projector, tensors[len(online) :], strict=True))
-            tree["projector"] = names.from_torch(names.PROJECTOR, rest, bundle.projector)
+            tree["projector"] = translate.from_torch(names.PROJECTOR, rest, bundle.projector)
         trees.append(tree)
     bundle.moments = steps.pop(), *trees
     bundle.config.optimizer.update(settings)
@@ -91,7 +92,7 @@ def write_ckpt(bundle: "Bundle", path: pathlib.Path) -> None:
         return torch.from_numpy(np.array(value))
 
     online, ema = bundle.tensors("online"), bundle.tensors("ema")
-    projector = {} if bundle.projector is None else names.to_torch(names.PROJECTOR, bundle.projector)
+    projector = {} if bundle.projector is None else translate.to_torch(names.PROJECTOR, bundle.projector)
     named = {f"denoiser.{name}": value for name, value in online.items()}
     named |= {f"ema_denoiser.{name}": value for name, value in ema.items()}
     named |= {f"diffusion_trainer.{name}": value for name, value in projector.items()}
@@ -116,9 +117,9 @@ def _torch_optimizer(bundle: "Bundle", network: int, projector: int, tensor: Any
     count, *trees = bundle.moments
     flat = []
     for tree in trees:
-        parts = dict(names.to_torch(bundle.table, tree["network"]))
+        parts = dict(translate.to_torch(bundle.table, tree["network"]))
         if projector:
-            parts |= {f"projector {k}": v for k, v in names.to_torch(names.PROJECTOR, tree["projector"]).items()}
+            parts |= {f"projector {k}": v for k, v in translate.to_torch(names.PROJECTOR, tree["projector"]).items()}
         flat.append([tensor(value) for value in parts.values()])
     c = bundle.config.optimizer
     told = {"lr": c.lr, "betas": (c.beta1, c.beta2), "eps": c.eps, "weight_decay": c.weight_decay}

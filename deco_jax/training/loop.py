@@ -13,20 +13,20 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import deco_jax
+from deco_jax.checkpoints import store as checkpoint
 from deco_jax.data import pipeline
 from deco_jax.data.features import StoredFeatures, open_features
 from deco_jax.data.sources import Source, open_source
 from deco_jax.diffusion.flow import to_uint8
-from deco_jax.diffusion.samplers import SETTINGS
 from deco_jax.encoders import teacher as teachers
 from deco_jax.encoders.teacher import Teacher, load_teacher
 from deco_jax.errors import AgreedError, UsageError
-from deco_jax.evaluation.images import make_grid, save_png
-from deco_jax.parallel import distributed
 from deco_jax.parallel import mesh as meshes
+from deco_jax.parallel import processes as distributed
 from deco_jax.parallel.hardware import peak_flops
-from deco_jax.sampling import image_noise, sample
-from deco_jax.training import checkpoint
+from deco_jax.sampling.pictures import make_grid, save_png
+from deco_jax.sampling.sample import image_noise, sample
+from deco_jax.sampling.solvers import SETTINGS
 from deco_jax.training.metrics import Clock, Goodput, Progress, Writers
 from deco_jax.training.preemption import StopRequest, stop_request
 from deco_jax.training.start import abstract_state, check_devices, find_weights, first_state, parameter_table

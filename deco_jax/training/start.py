@@ -9,11 +9,11 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from deco_jax.checkpoints import store as checkpoint
 from deco_jax.config import default_config
 from deco_jax.errors import UsageError
 from deco_jax.models.build import KINDS
 from deco_jax.parallel import mesh as meshes
-from deco_jax.training import checkpoint
 from deco_jax.training.state import TrainState, init_state
 from deco_jax.training.step import Trainer, make_trainer
 

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from deco_jax.diffusion.flow import Draws, draw, example_keys, to_float
 from deco_jax.diffusion.objective import Objective
-from deco_jax.encoders import dinov2
-from deco_jax.encoders.dinov2 import DINOv2
+from deco_jax.encoders.dinov2 import model as dinov2
+from deco_jax.encoders.dinov2.model import DINOv2
 from deco_jax.encoders.teacher import teacher_features
 from deco_jax.models import Projector, build_model
 from deco_jax.models.flops import forward_flops

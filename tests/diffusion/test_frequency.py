@@ -6,31 +6,32 @@ import pytest
 import scipy.fft
 
 from deco_jax.diffusion.frequency import block_dct, dct_matrix, frequency_loss, frequency_weights, rgb_to_ycbcr
+from tests.helpers import Golden, relative_error
 
 
-def test_every_recorded_weight_table(golden, error):
-    tables = golden("frequency_loss").group("weights:")
+def test_every_recorded_weight_table():
+    tables = Golden("frequency_loss").group("weights:")
     assert len(tables) == 40
     for key, table in tables.items():
         mode, quality, gamma = key.split(":")
-        assert error(frequency_weights(int(quality[1:]), mode, float(gamma[1:])), table) < 1e-6, key
+        assert relative_error(frequency_weights(int(quality[1:]), mode, float(gamma[1:])), table) < 1e-6, key
 
 
-def test_dct_matrix(golden, error):
-    assert error(dct_matrix(), golden("frequency_loss")["dct_matrix"]) < 1e-6
+def test_dct_matrix():
+    assert relative_error(dct_matrix(), Golden("frequency_loss")["dct_matrix"]) < 1e-6
     np.testing.assert_allclose(dct_matrix() @ dct_matrix().T, np.eye(8), atol=1e-14)
 
 
 @pytest.mark.parametrize("case", ["a", "pad"])
-def test_recorded_transforms_and_losses(golden, error, case):
-    g = golden("frequency_loss")
+def test_recorded_transforms_and_losses(case):
+    g = Golden("frequency_loss")
     pred, target = g.image(f"{case}:pred"), g.image(f"{case}:target")
     ycbcr = rgb_to_ycbcr(pred)
-    assert error(ycbcr, g.image(f"{case}:ycbcr_pred")) < 2e-5
+    assert relative_error(ycbcr, g.image(f"{case}:ycbcr_pred")) < 2e-5
     dct_BxCxhxwx8x8 = jnp.moveaxis(block_dct(ycbcr), -1, 1)
-    assert error(dct_BxCxhxwx8x8, g[f"{case}:dct_pred"]) < 2e-5
+    assert relative_error(dct_BxCxhxwx8x8, g[f"{case}:dct_pred"]) < 2e-5
     for key, loss in g.group(f"{case}:freq_loss:q").items():
-        assert error(frequency_loss(pred - target, frequency_weights(int(key), "inv_gamma", 1.0)), loss) < 2e-5
+        assert relative_error(frequency_loss(pred - target, frequency_weights(int(key), "inv_gamma", 1.0)), loss) < 2e-5
 
 
 def test_block_dct_is_scipys():

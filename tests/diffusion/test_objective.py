@@ -7,6 +7,7 @@ import pytest
 
 from deco_jax.diffusion.flow import Draws, velocity_to
 from deco_jax.diffusion.objective import Objective
+from tests.helpers import relative_error
 
 TIMES = np.array([0.0, 0.3, 0.95, 0.96, 0.999, 1.0], np.float32)  # beyond 0.95, 1 − t counts as 0.05
 
@@ -33,13 +34,13 @@ def written_out(image, x, t):
     return np.stack([(a.astype(float) - b) / max(1 - float(s), 0.05) for a, b, s in zip(image, x, t, strict=True)])
 
 
-def test_the_velocity_to_an_image_is_the_formula(arrays, error):
+def test_the_velocity_to_an_image_is_the_formula(arrays):
     image, noise, _ = arrays
     x = np.float32([t * a + (1 - t) * b for t, a, b in zip(TIMES, image, noise, strict=True)])
     v = velocity_to(image, x, TIMES)
-    assert v.dtype == jnp.float32 and error(v, written_out(image, x, TIMES)) < 1e-5
-    assert error(v[:3], (image - noise)[:3]) < 1e-5, "up to 0.95 it is the velocity of the path"
-    assert error(v[3], 0.04 / 0.05 * (image - noise)[3]) < 1e-5, "beyond, a part of it"
+    assert v.dtype == jnp.float32 and relative_error(v, written_out(image, x, TIMES)) < 1e-5
+    assert relative_error(v[:3], (image - noise)[:3]) < 1e-5, "up to 0.95 it is the velocity of the path"
+    assert relative_error(v[3], 0.04 / 0.05 * (image - noise)[3]) < 1e-5, "beyond, a part of it"
     half = velocity_to(jnp.asarray(image, jnp.bfloat16), jnp.asarray(x), jnp.asarray(TIMES))
     assert half.dtype == jnp.float32, "bfloat16 would lose what dividing by 0.05 makes large"
 

@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from deco_jax.encoders.bicubic import resize_bicubic
-from deco_jax.encoders.dinov2 import SIZES, DINOv2, prepare_image
-from deco_jax.encoders.dinov2_weights import from_tensors, parameter_shapes, read_dinov2
+from deco_jax.encoders.dinov2.bicubic import resize_bicubic
+from deco_jax.encoders.dinov2.model import SIZES, DINOv2, prepare_image
+from deco_jax.encoders.dinov2.weights import from_tensors, parameter_shapes, read_dinov2
 from deco_jax.errors import UsageError
 from deco_jax.parallel import mesh as meshes
+from tests.helpers import Golden, relative_error
 
 HEADS = 2  # of the recorded network, whose width of 32 does not tell
 
 
 @pytest.fixture(scope="module")
-def recorded(golden):
-    return golden("dinov2")
+def recorded():
+    return Golden("dinov2")
 
 
 @pytest.fixture(scope="module")
@@ -68,30 +69,30 @@ def transformers_5(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return renamed
 
 
-def test_the_image_is_prepared_as_recorded(recorded, error):
+def test_the_image_is_prepared_as_recorded(recorded):
     resized = prepare_image(jnp.asarray(recorded.image("image")))
-    assert error(resized, recorded.image("resized")) < 1e-6
+    assert relative_error(resized, recorded.image("resized")) < 1e-6
 
 
 @pytest.mark.parametrize("scan", [True, False])
-def test_features_are_those_recorded(recorded, features_of, error, scan):
+def test_features_are_those_recorded(recorded, features_of, scan):
     model, params = from_tensors(recorded.group("param:"), HEADS)
     features = features_of(model.clone(scan=scan), params, recorded.image("image"))
-    assert error(features, recorded["features"]) < 2e-6
+    assert relative_error(features, recorded["features"]) < 2e-6
 
 
-def test_the_recorded_network_has_the_position_offset(recorded, features_of, error):
+def test_the_recorded_network_has_the_position_offset(recorded, features_of):
     """Guards the 0.1: without it every feature is a little wrong and nothing else notices."""
     model, params = from_tensors(recorded.group("param:"), HEADS)
     features = features_of(model.clone(position_offset=0.0), params, recorded.image("image"))
-    assert 1e-3 < error(features, recorded["features"]) < 1e-2
+    assert 1e-3 < relative_error(features, recorded["features"]) < 1e-2
 
 
-def test_bfloat16_is_near_and_keeps_fp32_features(recorded, error):
+def test_bfloat16_is_near_and_keeps_fp32_features(recorded):
     model, params = from_tensors(recorded.group("param:"), HEADS)
     features = model.clone(dtype=jnp.bfloat16).apply({"params": params}, recorded.image("image"))
     assert features.dtype == jnp.float32
-    assert 1e-4 < error(features, recorded["features"]) < 1e-2
+    assert 1e-4 < relative_error(features, recorded["features"]) < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -106,25 +107,25 @@ def test_bfloat16_is_near_and_keeps_fp32_features(recorded, error):
     ],
 )
 @pytest.mark.parametrize("antialias", [False, True])
-def test_bicubic_by_size_is_that_of_pytorch(error, size, new, antialias):
+def test_bicubic_by_size_is_that_of_pytorch(size, new, antialias):
     torch = pytest.importorskip("torch")
     x = np.random.default_rng(0).standard_normal((2, *size, 3)).astype(np.float32)
     theirs = torch.nn.functional.interpolate(
         torch.tensor(x).permute(0, 3, 1, 2), size=new, mode="bicubic", antialias=antialias
     )
-    assert error(resize_bicubic(x, *new, antialias=antialias), theirs.permute(0, 2, 3, 1)) < 2e-6
+    assert relative_error(resize_bicubic(x, *new, antialias=antialias), theirs.permute(0, 2, 3, 1)) < 2e-6
 
 
 @pytest.mark.parametrize("antialias", [False, True])
 @pytest.mark.parametrize(("rows", "columns"), [(16, 16), (32, 32), (16, 24), (37, 64), (1, 2)])
-def test_bicubic_by_scale_factor_is_that_of_pytorch(error, rows, columns, antialias):
+def test_bicubic_by_scale_factor_is_that_of_pytorch(rows, columns, antialias):
     torch = pytest.importorskip("torch")
     scales = (rows + 0.1) / 37, (columns + 0.1) / 37
     table = np.random.default_rng(1).standard_normal((1, 37, 37, 4)).astype(np.float32)
     theirs = torch.nn.functional.interpolate(
         torch.tensor(table).permute(0, 3, 1, 2), scale_factor=scales, mode="bicubic", antialias=antialias
     ).permute(0, 2, 3, 1)
-    assert error(resize_bicubic(table, rows, columns, scales, antialias), theirs) < 2e-6
+    assert relative_error(resize_bicubic(table, rows, columns, scales, antialias), theirs) < 2e-6
 
 
 @pytest.mark.parametrize("layout", [hugging_face, transformers_5])
@@ -136,7 +137,7 @@ def test_other_layouts_hold_the_same_network(recorded, layout):
     jax.tree.map(np.testing.assert_array_equal, same, params)
 
 
-def test_files_of_both_kinds_give_the_recorded_features(recorded, features_of, error, tmp_path):
+def test_files_of_both_kinds_give_the_recorded_features(recorded, features_of, tmp_path):
     torch = pytest.importorskip("torch")
     safetensors = pytest.importorskip("safetensors.numpy")
     tensors = recorded.group("param:")
@@ -152,7 +153,7 @@ def test_files_of_both_kinds_give_the_recorded_features(recorded, features_of, e
     for path, heads in ((official, HEADS), (folder, None)):
         model, params = read_dinov2(path, heads=heads)
         assert model.dtype == jnp.bfloat16
-        assert error(features_of(model, params, recorded.image("image")), recorded["features"]) < 2e-6
+        assert relative_error(features_of(model, params, recorded.image("image")), recorded["features"]) < 2e-6
 
 
 def randomise(module) -> None:
@@ -177,7 +178,7 @@ def transformers_features(module, image) -> np.ndarray:
     return hidden[:, 1 + getattr(module.config, "num_register_tokens", 0) :].numpy()
 
 
-def test_base_agrees_with_transformers_but_for_the_position_offset(features_of, error):
+def test_base_agrees_with_transformers_but_for_the_position_offset(features_of):
     """transformers interpolates positions by size, Meta's own code (and the recorded network) by scale factor."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
@@ -190,8 +191,8 @@ def test_base_agrees_with_transformers_but_for_the_position_offset(features_of, 
 
     image = np.random.default_rng(2).random((1, 256, 256, 3), np.float32)
     theirs = transformers_features(module, image)
-    by_size = error(features_of(model.clone(position_offset=0.0), params, image), theirs)
-    by_scale_factor = error(features_of(model, params, image), theirs)
+    by_size = relative_error(features_of(model.clone(position_offset=0.0), params, image), theirs)
+    by_scale_factor = relative_error(features_of(model, params, image), theirs)
     print(f"transformers, B, 256²: {by_size:.1e} without the offset, {by_scale_factor:.1e} with it")
     assert by_size < 2e-5
     assert 1e-4 < by_scale_factor < 5e-2, "the offset is expected to be the one difference"
@@ -199,7 +200,7 @@ def test_base_agrees_with_transformers_but_for_the_position_offset(features_of, 
 
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 @pytest.mark.parametrize("kind", ["Dinov2", "Dinov2WithRegisters"])
-def test_variants_agree_with_transformers_and_its_files(features_of, error, tmp_path, kind, mlp):
+def test_variants_agree_with_transformers_and_its_files(features_of, tmp_path, kind, mlp):
     """On a grid that is not square; with registers positions are antialiased and there is no offset in either code."""
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{kind}Config")(
@@ -220,7 +221,7 @@ def test_variants_agree_with_transformers_and_its_files(features_of, error, tmp_
     for height, width in ((64, 80), (112, 112)):  # the second is the table's own grid
         image = np.random.default_rng(3).random((2, height, width, 3), np.float32)
         ours = features_of(model.clone(position_offset=0.0), params, image)
-        assert error(ours, transformers_features(module, image)) < 2e-6
+        assert relative_error(ours, transformers_features(module, image)) < 2e-6
 
     from_memory = from_tensors({name: p.detach().numpy() for name, p in module.state_dict().items()}, 4)
     jax.tree.map(np.testing.assert_array_equal, from_memory[1], params)
@@ -242,7 +243,7 @@ def test_published_sizes_have_the_published_parameters(size, registers, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) + mask_token == count
 
 
-def test_a_mesh_splits_it_and_changes_no_feature(features_of, error):
+def test_a_mesh_splits_it_and_changes_no_feature(features_of):
     """Parameters in their shards, the batch over data and fsdp: a teacher that only fits in parts must be the same."""
     mesh = jax.make_mesh((2, 2, 2), meshes.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
     model = DINOv2(width=128, depth=2, heads=4, mlp="swiglu", registers=4, dtype=jnp.float32)
@@ -260,7 +261,7 @@ def test_a_mesh_splits_it_and_changes_no_feature(features_of, error):
             {"params": jax.device_put(params, shardings)}, jax.device_put(image, meshes.batch_sharding(mesh))
         )
     assert {shard.data.shape[0] for shard in split.addressable_shards} == {1}, "the features must stay split by image"
-    assert error(split, whole) < 2e-6
+    assert relative_error(split, whole) < 2e-6
 
 
 def test_every_misfit_is_listed_under_its_name_in_the_file(recorded):

@@ -10,25 +10,26 @@ from flax import linen as nn
 from safetensors.numpy import save_file
 
 from deco_jax.config import check_config, default_config
-from deco_jax.encoders import dinov2
 from deco_jax.encoders import teacher as teachers
-from deco_jax.encoders.dinov2 import DINOv2
-from deco_jax.encoders.dinov2_weights import from_tensors
+from deco_jax.encoders.dinov2 import model as dinov2
+from deco_jax.encoders.dinov2.model import DINOv2
+from deco_jax.encoders.dinov2.weights import from_tensors
 from deco_jax.encoders.teacher import default_teacher, find_weights, load_teacher, teacher_features
 from deco_jax.errors import UsageError
 from deco_jax.models.flops import forward_flops
 from deco_jax.parallel import mesh as meshes
 from deco_jax.training.state import init_state
 from deco_jax.training.step import make_trainer, step_flops
+from tests.helpers import random_dinov2, relative_error
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 WIDTH = 64  # one head
 
 
 @pytest.fixture
-def aligned(tiny_config, official, tmp_path):
+def aligned(tiny_config, tmp_path):
     """A tiny run of patches of 16 pixels with a teacher, fp32."""
-    save_file(official(), tmp_path / "teacher.safetensors")
+    save_file(random_dinov2(), tmp_path / "teacher.safetensors")
     c = tiny_config
     c.model.update(patch_size=16, depth=1)
     c.data.image_size = 32
@@ -38,13 +39,13 @@ def aligned(tiny_config, official, tmp_path):
     return c
 
 
-def test_a_step_with_the_live_teacher_is_one_with_its_features(aligned, error, official):
+def test_a_step_with_the_live_teacher_is_one_with_its_features(aligned):
     """Features by hand: the module on images in [0, 1], outside the step. Two accumulation parts against none."""
     teacher = load_teacher(aligned)
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (4, 32, 32, 3), np.uint8)
     batch = {"image": image, "label": np.arange(4, dtype=np.int32)}
-    model, weights = from_tensors(official())
+    model, weights = from_tensors(random_dinov2())
     features = model.clone(dtype=jnp.float32).apply({"params": weights}, image.astype(np.float32) / 255)
     assert features.shape == (4, 4, WIDTH)
 
@@ -59,7 +60,7 @@ def test_a_step_with_the_live_teacher_is_one_with_its_features(aligned, error, o
     live = make_trainer(aligned, teacher.module)
     new_state, metrics = jax.jit(live.step)(state, batch, teacher.params)
     for name in ("loss", "loss_alignment", "gradient_norm"):
-        assert error(metrics[name], expected[name]) < 2e-6, name
+        assert relative_error(metrics[name], expected[name]) < 2e-6, name
     for a, b in zip(*(jax.tree.leaves(s.opt_state[0].mu) for s in (new_state, expected_state)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6 + 1e-5 * float(np.abs(b).max()))
     assert float(metrics["loss_alignment"]) > 0.1
@@ -75,14 +76,14 @@ def test_no_gradient_reaches_the_teacher(aligned):
     assert all(not np.any(g) for g in jax.tree.leaves(gradients))
 
 
-def test_its_linear_layers_are_kept_in_bfloat16_and_compute_the_same(aligned, error, official):
+def test_its_linear_layers_are_kept_in_bfloat16_and_compute_the_same(aligned):
     """The module casts kernels anyway; positions, norms and factors stay fp32."""
     aligned.model.dtype = "bfloat16"
     teacher = load_teacher(aligned)
     kernel, positions = teacher.params["blocks"]["mlp"]["in"]["kernel"], teacher.params["positions"]
     assert (kernel.dtype, positions.dtype) == (jnp.bfloat16, np.float32)
     image = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
-    _, fp32 = from_tensors(official())
+    _, fp32 = from_tensors(random_dinov2())
     np.testing.assert_array_equal(
         teacher_features(teacher.module, teacher.params, image), teacher_features(teacher.module, fp32, image)
     )
@@ -90,13 +91,13 @@ def test_its_linear_layers_are_kept_in_bfloat16_and_compute_the_same(aligned, er
     assert placed["blocks"]["mlp"]["in"]["kernel"].dtype == jnp.bfloat16
 
 
-def test_the_digest_is_of_the_weights_not_of_the_file(aligned, tmp_path, official):
+def test_the_digest_is_of_the_weights_not_of_the_file(aligned, tmp_path):
     torch = pytest.importorskip("torch")
     first = load_teacher(aligned).digest
-    torch.save({name: torch.tensor(value) for name, value in official().items()}, tmp_path / "teacher.pth")
+    torch.save({name: torch.tensor(value) for name, value in random_dinov2().items()}, tmp_path / "teacher.pth")
     aligned.teacher.weights = str(tmp_path / "teacher.pth")
     assert load_teacher(aligned).digest == first
-    save_file(official(seed=1), tmp_path / "other.safetensors")
+    save_file(random_dinov2(seed=1), tmp_path / "other.safetensors")
     aligned.teacher.weights = str(tmp_path / "other.safetensors")
     assert load_teacher(aligned).digest != first
 
@@ -123,7 +124,7 @@ def test_absence_says_where_to_get_it_and_how_to_do_without(tmp_path, name):
         assert part in str(error.value)
 
 
-def test_a_download_appears_in_the_cache_whole_or_not_at_all(tmp_path, monkeypatch, official):
+def test_a_download_appears_in_the_cache_whole_or_not_at_all(tmp_path, monkeypatch):
     """huggingface_hub itself is replaced: there is no network here."""
     hub = pytest.importorskip("huggingface_hub")
     calls = []
@@ -134,7 +135,7 @@ def test_a_download_appears_in_the_cache_whole_or_not_at_all(tmp_path, monkeypat
         (local_dir / "config.json").write_text("{}")
         if len(calls) == 1:
             raise OSError("network unreachable\nsecond line")
-        save_file(official(), local_dir / "model.safetensors")
+        save_file(random_dinov2(), local_dir / "model.safetensors")
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     with pytest.raises(UsageError, match=r"downloading it from Hugging Face failed \(OSError: network unreachable\)"):
@@ -146,8 +147,8 @@ def test_a_download_appears_in_the_cache_whole_or_not_at_all(tmp_path, monkeypat
     assert find_weights("facebook/dinov2-base", str(tmp_path)) == found and len(calls) == 2
 
 
-def test_a_teacher_of_another_size_is_refused(aligned, tmp_path, official):
-    save_file(official(width=128), tmp_path / "wide.safetensors")
+def test_a_teacher_of_another_size_is_refused(aligned, tmp_path):
+    save_file(random_dinov2(width=128), tmp_path / "wide.safetensors")
     aligned.teacher.weights = str(tmp_path / "wide.safetensors")
     with pytest.raises(UsageError, match="has features of 128 channels, and loss.alignment_features=64"):
         load_teacher(aligned)
@@ -182,13 +183,13 @@ def test_planning_takes_the_published_network_of_that_width(aligned):
         default_teacher(aligned)
 
 
-def test_flops_of_the_teacher_and_of_a_step(aligned, official):
+def test_flops_of_the_teacher_and_of_a_step(aligned):
     """46e9 an image at 256² for ViT-B/14 (REFERENCES), and XLA's own count of a small one."""
     base = DINOv2(**dinov2.SIZES["base"])
     assert dinov2.forward_flops(base, 256, 256) == pytest.approx(46e9, rel=0.02)
     image, counted = np.zeros((1, 64, 96, 3), np.float32), []
     for depth in (1, 2):  # the difference is a block: resizing the image is not counted
-        small, params = from_tensors(official(width=192, depth=depth))
+        small, params = from_tensors(random_dinov2(width=192, depth=depth))
         small = small.clone(dtype=jnp.float32, scan=False)
         counted.append(jax.jit(small.apply).lower({"params": params}, image).compile().cost_analysis()["flops"])
     ours = dinov2.forward_flops(small, 64, 96) - dinov2.forward_flops(small.clone(depth=1), 64, 96)

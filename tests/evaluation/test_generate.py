@@ -8,7 +8,8 @@ from deco_jax.data.sources import Digits
 from deco_jax.errors import UsageError
 from deco_jax.evaluation.digits import DigitClassifier
 from deco_jax.evaluation.generate import _grid_by_label, parse_labels
-from deco_jax.evaluation.images import make_grid, save_png
+from deco_jax.sampling.pictures import make_grid, save_png
+from tests.helpers import Golden
 
 
 def test_a_grid_lays_images_out_row_by_row():
@@ -32,8 +33,8 @@ def test_a_grid_has_a_row_for_each_label():
     assert _grid_by_label(images, 7).shape == (1, 13, 3) and _grid_by_label(images, 1).shape == (1, 13, 3)
 
 
-def test_labels(golden):
-    model = golden("deco_c2i").model()
+def test_labels():
+    model = Golden("deco_c2i").model()
     assert parse_labels("0,7, 2-4,null", model) == [0, 7, 2, 3, 4, "null"]
     assert parse_labels("all", model) == list(range(10))
     for text in ("", "a", "1-", "1--2", "-1", "5-3", "²", "1.5"):

@@ -22,7 +22,8 @@ from deco_jax.evaluation import spectra as module
 from deco_jax.evaluation.spectra import Spectra, measure_spectra, write_spectra
 from deco_jax.evaluation.spectra_report import ZIGZAG_64x2, half_bin
 from deco_jax.porting.convert import convert
-from deco_jax.sampling import image_noise
+from deco_jax.sampling.sample import image_noise
+from tests.helpers import Golden, relative_error
 
 LIGHTNING = str(pathlib.Path(__file__).parents[1] / "golden" / "lightning_c2i.ckpt")
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -110,16 +111,16 @@ def by_hand(model, params, images, seed, image_size, steps, shift):
     return energies
 
 
-def test_a_network_measures_as_by_hand(golden, error):
+def test_a_network_measures_as_by_hand():
     """72² in patches of 8: nine tokens a side, so two blocks a side, of which the second is mostly reflected."""
-    g = golden("deco_c2i")
+    g = Golden("deco_c2i")
     model, params = g.model(), g.params()
     settings = {"images": 11, "seed": 3, "image_size": 72, "steps": 3, "shift": 2.0}
     theirs = by_hand(model, params, **settings)
     assert (theirs > 0).all()
     measured = measure_spectra(model, params, batch_size=8, **settings)
-    assert error(measured.transformer_energy_64, theirs[0]) < 1e-5
-    assert error(measured.velocity_energy_64, theirs[1]) < 1e-5
+    assert relative_error(measured.transformer_energy_64, theirs[0]) < 1e-5
+    assert relative_error(measured.velocity_energy_64, theirs[1]) < 1e-5
     log = np.log(1 + theirs[0])
     np.testing.assert_allclose(measured.transformer, log / log.max(), rtol=1e-5)
 
@@ -178,11 +179,11 @@ def test_what_is_written_is_what_was_measured(tmp_path):
 
 
 @pytest.fixture
-def baseline(golden, tmp_path):
+def baseline(tmp_path):
     """The recorded baseline as a file of its own."""
     (tmp_path / "other").mkdir()
     path = tmp_path / "other" / "run"
-    save_file(golden("baseline_dit").group("param:"), path.with_suffix(".safetensors"), {"prediction": "velocity"})
+    save_file(Golden("baseline_dit").group("param:"), path.with_suffix(".safetensors"), {"prediction": "velocity"})
     return str(path.with_suffix(".safetensors"))
 
 

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from deco_jax.config import load_config
-from deco_jax.parallel import distributed
+from deco_jax.parallel import processes as distributed
 
 ROOT = pathlib.Path(__file__).parents[2]
 BIN = pathlib.Path(__file__).parent / "bin"

@@ -10,7 +10,9 @@ from deco_jax.config import check_config, default_config
 from deco_jax.errors import UsageError
 from deco_jax.models import build_model
 from deco_jax.models.flops import forward_flops
-from deco_jax.porting import names
+from deco_jax.pretrained import names
+from deco_jax.weights import translate
+from tests.helpers import Golden, abstract_params
 
 
 def new_config(**changes):
@@ -26,15 +28,15 @@ def apply(model, g, x, **options):
 @pytest.mark.parametrize(
     "width, depth, shapes, parameters", [(1024, 24, "baseline_l", 459_171_584), (1152, 28, "baseline_xl", 676_360_128)]
 )
-def test_full_size_parameters(full_size_shapes, shapes_of, width, depth, shapes, parameters):
+def test_full_size_parameters(full_size_shapes, width, depth, shapes, parameters):
     """Counts of the paper's models, and every tensor of the published ones in its shape, nothing left over."""
-    abstract = shapes_of(build_model(new_config(width=width, depth=depth).model))
+    abstract = abstract_params(build_model(new_config(width=width, depth=depth).model))
     assert sum(x.size for x in jax.tree.leaves(abstract)) == parameters
     published = {
         name: np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), shape, (0,) * len(shape))  # holds no memory
         for name, shape in full_size_shapes[shapes].items()
     }
-    filled = names.from_torch(names.BASELINE, published, abstract)
+    filled = translate.from_torch(names.BASELINE, published, abstract)
     assert jax.tree.map(lambda x: x.shape, filled) == jax.tree.map(lambda x: x.shape, abstract)
 
 
@@ -42,7 +44,9 @@ def test_initialisation_is_the_published_one():
     """What differs from DeCo, whose test covers the shared transformer, and one spot of that."""
     model = build_model(new_config(width=96, depth=3, heads=4, patch_size=8, num_classes=2000).model)
     inputs = jnp.zeros((1, 16, 16, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
-    tensors = names.to_torch(names.BASELINE, nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), *inputs)["params"]))
+    tensors = translate.to_torch(
+        names.BASELINE, nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), *inputs)["params"])
+    )
     assert all(value.dtype == np.float32 for value in tensors.values())
 
     def uniform(name, bound):
@@ -83,8 +87,8 @@ def test_it_has_no_decoder_to_configure():
         check_config(new_config(heads=3))
 
 
-def test_bad_inputs_are_named(golden):
-    g = golden("baseline_dit")
+def test_bad_inputs_are_named():
+    g = Golden("baseline_dit")
     with pytest.raises(UsageError, match="height=20 is not divisible by model.patch_size=8; nearest: 16 and 24"):
         apply(g.model(), g, jnp.zeros((2, 20, 40, 3)))
     with pytest.raises(UsageError, match="hidden_layer=4 does not exist"):

@@ -11,7 +11,9 @@ from deco_jax.config import default_config
 from deco_jax.errors import UsageError
 from deco_jax.models import build_model
 from deco_jax.models.flops import forward_flops
-from deco_jax.porting import names
+from deco_jax.pretrained import names
+from deco_jax.weights import translate
+from tests.helpers import Golden, abstract_params, relative_error
 
 CASES = ["deco_c2i", "deco_c2i_wide"]
 # The same parameters through every way of compiling the blocks.
@@ -24,65 +26,67 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_outputs_equal_the_recorded_ones(golden, error, case):
-    g = golden(case)
+def test_outputs_equal_the_recorded_ones(case):
+    g = Golden(case)
     layer = g.config["align_layer"]
     v, tokens = g.model().apply(
         {"params": g.params()}, g.image("x"), g["t"], g["y"].astype(np.int32), hidden_layer=layer
     )
     assert v.dtype == jnp.float32
-    assert error(v, g.image("out")) < 2e-5
-    assert error(tokens, g[f"hidden_after_block{layer}"]) < 2e-5
+    assert relative_error(v, g.image("out")) < 2e-5
+    assert relative_error(tokens, g[f"hidden_after_block{layer}"]) < 2e-5
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_equal_the_recorded_ones(golden, error, case, variant):
-    g = golden(case)
+def test_gradients_equal_the_recorded_ones(case, variant):
+    g = Golden(case)
     model, target = g.model(**VARIANTS[variant]), g.image("target")
 
     def loss(params, x):
         return jnp.mean((model.apply({"params": params}, x, g["t"], g["y"].astype(np.int32)) - target) ** 2)
 
     value, (by_params, by_x) = jax.jit(jax.value_and_grad(loss, (0, 1)))(g.params(), g.image("x"))
-    assert error(value, g["loss"]) < 2e-5
-    assert error(by_x, g.image("grad_x")) < 1e-4
-    ours, theirs = names.to_torch(names.DECO, by_params), g.group("grad:")
+    assert relative_error(value, g["loss"]) < 2e-5
+    assert relative_error(by_x, g.image("grad_x")) < 1e-4
+    ours, theirs = translate.to_torch(names.DECO, by_params), g.group("grad:")
     assert ours.keys() == theirs.keys(), "a parameter without a recorded gradient, or the reverse"
     for name in theirs:
-        assert error(ours[name], theirs[name]) < 1e-4, name
+        assert relative_error(ours[name], theirs[name]) < 1e-4, name
 
 
-def test_hidden_tokens_do_not_depend_on_how_the_blocks_are_compiled(golden, error):
-    g = golden("deco_c2i")
+def test_hidden_tokens_do_not_depend_on_how_the_blocks_are_compiled():
+    g = Golden("deco_c2i")
     args = {"params": g.params()}, g.image("x"), g["t"], g["y"].astype(np.int32)
     for layer in (1, 3):
         _, scanned = g.model().apply(*args, hidden_layer=layer)
         _, unrolled = g.model(scan=False, remat="full").apply(*args, hidden_layer=layer)
-        assert error(scanned, unrolled) < 1e-6
-    assert error(g.model().apply(*args, hidden_layer=1)[1], g["hidden_after_block2"]) > 0.01, "layers are mixed up"
+        assert relative_error(scanned, unrolled) < 1e-6
+    assert relative_error(g.model().apply(*args, hidden_layer=1)[1], g["hidden_after_block2"]) > 0.01, (
+        "layers are mixed up"
+    )
 
 
 @pytest.mark.parametrize(
     "width, depth, shapes, parameters",
     [(1024, 22, "deco_l", 426_938_019), (1152, 28, "deco_xl", 682_282_851)],
 )
-def test_full_size_parameters(full_size_shapes, shapes_of, width, depth, shapes, parameters):
+def test_full_size_parameters(full_size_shapes, width, depth, shapes, parameters):
     """Counts of the paper's models, and every tensor of the published ones in its shape, nothing left over."""
     config = default_config().model
     config.update(width=width, depth=depth)
-    abstract = shapes_of(build_model(config))
+    abstract = abstract_params(build_model(config))
     assert sum(x.size for x in jax.tree.leaves(abstract)) == parameters
     published = {
         name: np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), shape, (0,) * len(shape))  # holds no memory
         for name, shape in full_size_shapes[shapes].items()
     }
-    filled = names.from_torch(names.DECO, published, abstract)
+    filled = translate.from_torch(names.DECO, published, abstract)
     assert jax.tree.map(lambda x: x.shape, filled) == jax.tree.map(lambda x: x.shape, abstract)
 
 
-def test_any_size_divisible_by_the_patch(golden):
-    g = golden("deco_c2i")
+def test_any_size_divisible_by_the_patch():
+    g = Golden("deco_c2i")
     t, labels = jnp.zeros(1), jnp.zeros(1, jnp.int32)
     v = g.model().apply({"params": g.params()}, jnp.zeros((1, 8, 40, 3)), t, labels)
     assert v.shape == (1, 8, 40, 3)
@@ -92,12 +96,12 @@ def test_any_size_divisible_by_the_patch(golden):
         g.model().apply({"params": g.params()}, jnp.zeros((1, 8, 8, 3)), t, labels, hidden_layer=4)
 
 
-def test_bfloat16_computes_in_bfloat16_and_returns_float32(golden, error):
-    g = golden("deco_c2i")
+def test_bfloat16_computes_in_bfloat16_and_returns_float32():
+    g = Golden("deco_c2i")
     args = {"params": g.params()}, g.image("x"), g["t"], g["y"].astype(np.int32)
     v, tokens = g.model(dtype=jnp.bfloat16).apply(*args, hidden_layer=1)
     assert v.dtype == jnp.float32 and tokens.dtype == jnp.bfloat16
-    assert 1e-4 < error(v, g.image("out")) < 0.05
+    assert 1e-4 < relative_error(v, g.image("out")) < 0.05
 
 
 def test_initialisation_is_the_published_one():
@@ -107,7 +111,7 @@ def test_initialisation_is_the_published_one():
     model = deco_jax.build_model(config)
     x, t, labels = jnp.zeros((1, 16, 16, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
     params = jax.jit(model.init)(jax.random.key(0), x, t, labels)["params"]
-    tensors = names.to_torch(names.DECO, nn.meta.unbox(params))
+    tensors = translate.to_torch(names.DECO, nn.meta.unbox(params))
 
     def uniform(name, bound):
         value = tensors[name]

@@ -12,6 +12,7 @@ from deco_jax.errors import UsageError
 from deco_jax.models import build_model
 from deco_jax.models.flops import forward_flops
 from deco_jax.models.pixel_decoder import PixelDecoder
+from tests.helpers import abstract_params, relative_error
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 P, D = 4, 6  # a patch's side, and a token's channels
@@ -72,7 +73,7 @@ def written_out(params, patch_PxPx3, token_D, r, interaction):
 
 
 @pytest.mark.parametrize("r, interaction", DECODERS)
-def test_the_decoder_is_the_formula(error, r, interaction):
+def test_the_decoder_is_the_formula(r, interaction):
     rng = np.random.default_rng(1)
     pixels = rng.normal(size=(2, 3, P * P, 3)).astype(np.float32)
     tokens = rng.normal(size=(2, 3, D)).astype(np.float32)
@@ -87,19 +88,19 @@ def test_the_decoder_is_the_formula(error, r, interaction):
         for b in range(2)
         for n in range(3)
     ]
-    assert error(np.asarray(out).reshape(6, P * P, 3), expected) < 1e-5
+    assert relative_error(np.asarray(out).reshape(6, P * P, 3), expected) < 1e-5
 
 
 @pytest.mark.parametrize("r, interaction", DECODERS)
-def test_parameters(shapes_of, r, interaction):
+def test_parameters(r, interaction):
     """Shapes as the table of the paper describes them; what comes before the decoder is the same in all."""
-    params = shapes_of(new_model(decoder_patch=r, decoder_interaction=interaction))
+    params = abstract_params(new_model(decoder_patch=r, decoder_interaction=interaction))
     decoder = jax.tree.map(lambda a: a.shape, params.pop("decoder"))
     assert decoder["query"] == {"kernel": (3 * r * r + 64, 8), "bias": (8,)}
     assert decoder["condition"] == {"kernel": (16, (P // r) ** 2, 8), "bias": ((P // r) ** 2, 8)}
     assert decoder["out"] == {"kernel": (8, 3 * r * r), "bias": (3 * r * r,)}
     assert decoder["block_0"].keys() == {"norm", "in", "out"} | ({"modulation"} if interaction == "adaln" else set())
-    usual = shapes_of(new_model())
+    usual = abstract_params(new_model())
     usual.pop("decoder")
     assert jax.tree.map(lambda a: a.shape, params) == jax.tree.map(lambda a: a.shape, usual)
 

@@ -10,7 +10,9 @@ from deco_jax.config import check_config, default_config
 from deco_jax.errors import UsageError
 from deco_jax.models import build_model
 from deco_jax.models.flops import forward_flops
-from deco_jax.porting import names
+from deco_jax.pretrained import names
+from deco_jax.weights import translate
+from tests.helpers import Golden, abstract_params
 
 
 def new_config(**changes):
@@ -25,15 +27,15 @@ def apply(model, g, x, params=None, **options):
     )
 
 
-def test_full_size_parameters(full_size_shapes, shapes_of):
+def test_full_size_parameters(full_size_shapes):
     """The count of the paper's model, and every tensor of the published one in its shape, nothing left over."""
-    abstract = shapes_of(build_model(new_config(decoder_width=64, decoder_depth=2).model))
+    abstract = abstract_params(build_model(new_config(decoder_width=64, decoder_depth=2).model))
     assert sum(x.size for x in jax.tree.leaves(abstract)) == 452_113_795
     published = {
         name: np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), shape, (0,) * len(shape))  # holds no memory
         for name, shape in full_size_shapes["pixnerd_l"].items()
     }
-    filled = names.from_torch(names.PIXNERD, published, abstract)
+    filled = translate.from_torch(names.PIXNERD, published, abstract)
     assert jax.tree.map(lambda x: x.shape, filled) == jax.tree.map(lambda x: x.shape, abstract)
 
 
@@ -43,7 +45,9 @@ def test_initialisation_is_the_published_one():
         new_config(width=96, depth=3, heads=4, patch_size=8, decoder_width=32, decoder_depth=2, num_classes=2000).model
     )
     inputs = jnp.zeros((1, 16, 16, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
-    tensors = names.to_torch(names.PIXNERD, nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), *inputs)["params"]))
+    tensors = translate.to_torch(
+        names.PIXNERD, nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), *inputs)["params"])
+    )
     assert all(value.dtype == np.float32 for value in tensors.values())
 
     def uniform(name, bound):
@@ -88,9 +92,9 @@ def test_flops_of_the_full_size_model():
     assert round(forward_flops(model, 256, 256) / 1e9) == 170
 
 
-def test_a_token_that_generates_zeros_has_a_finite_gradient(golden):
+def test_a_token_that_generates_zeros_has_a_finite_gradient():
     """Its columns have no direction; dividing by their length must not make the step not finite."""
-    g = golden("pixnerd")
+    g = Golden("pixnerd")
     params = g.params()
     params["decoder"]["block_0"]["generator"] = jax.tree.map(jnp.zeros_like, params["decoder"]["block_0"]["generator"])
     gradients = jax.jit(jax.grad(lambda params: apply(g.model(), g, g.image("x"), params).sum()))(params)
@@ -104,8 +108,8 @@ def test_bad_fields_are_named(field):
         check_config(new_config(**{field: 0}))
 
 
-def test_bad_inputs_are_named(golden):
-    g = golden("pixnerd")
+def test_bad_inputs_are_named():
+    g = Golden("pixnerd")
     with pytest.raises(UsageError, match="height=20 is not divisible by model.patch_size=8; nearest: 16 and 24"):
         apply(g.model(), g, jnp.zeros((2, 20, 40, 3)))
     with pytest.raises(UsageError, match="hidden_layer=3 does not exist"):

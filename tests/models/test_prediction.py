@@ -11,6 +11,7 @@ from deco_jax.diffusion.flow import Draws
 from deco_jax.errors import UsageError
 from deco_jax.models import build_model
 from deco_jax.training.step import make_trainer
+from tests.helpers import Golden, relative_error
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 CASES = {"deco": "deco_c2i", "baseline": "baseline_dit", "pixnerd": "pixnerd"}
@@ -47,18 +48,18 @@ def painter(model):
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_the_output_is_the_velocity_to_the_recorded_one(golden, error, kind):
+def test_the_output_is_the_velocity_to_the_recorded_one(kind):
     """The recorded network's output taken for an image, at its own times and at some beyond 0.95."""
-    g = golden(CASES[kind])
+    g = Golden(CASES[kind])
     layer, arguments = g.config["align_layer"], (g.image("x"), g["t"], g["y"].astype(np.int32))
     v, tokens = g.model(prediction="image").apply({"params": g.params()}, *arguments, hidden_layer=layer)
     scale = np.maximum(1 - g["t"].astype(float), 0.05)[:, None, None, None]
     assert v.dtype == np.float32
-    assert error(v, (g.image("out").astype(float) - g.image("x")) / scale) < 2e-5
-    assert error(tokens, g[f"hidden_after_block{layer}"]) < 2e-5, "only what is returned is another"
+    assert relative_error(v, (g.image("out").astype(float) - g.image("x")) / scale) < 2e-5
+    assert relative_error(tokens, g[f"hidden_after_block{layer}"]) < 2e-5, "only what is returned is another"
     late = g.image("x"), np.full_like(g["t"], 0.98), arguments[2]
     raw, v = (g.model(prediction=p).apply({"params": g.params()}, *late) for p in ("velocity", "image"))
-    assert error(v, (np.asarray(raw, float) - g.image("x")) / 0.05) < 1e-5
+    assert relative_error(v, (np.asarray(raw, float) - g.image("x")) / 0.05) < 1e-5
 
 
 @pytest.mark.parametrize("kind", CASES)

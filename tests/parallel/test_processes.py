@@ -17,10 +17,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 import deco_jax
+from deco_jax.checkpoints import store as checkpoint
 from deco_jax.config import load_config
 from deco_jax.parallel import mesh as meshes
-from deco_jax.training import checkpoint
 from deco_jax.training.loop import train
+from tests.helpers import relative_error
 
 HERE = pathlib.Path(__file__).parent / "processes"
 CONFIG = str(HERE / "tiny_run.py")
@@ -108,10 +109,10 @@ def final_state(workdir):
     return step, {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def assert_close(a, b, error):
+def assert_close(a, b):
     assert a[0] == b[0] and a[1].keys() == b[1].keys()
     for name, value in a[1].items():
-        assert not np.any(b[1][name]) or error(value, b[1][name]) < 1e-4, name
+        assert not np.any(b[1][name]) or relative_error(value, b[1][name]) < 1e-4, name
 
 
 def losses(workdir):
@@ -144,11 +145,11 @@ def two(tmp_path_factory):
     return folder
 
 
-def test_two_processes_train_as_one(two, tmp_path, monkeypatch, error):
+def test_two_processes_train_as_one(two, tmp_path, monkeypatch):
     """Same images at the same rows, each process its share; same losses and weights as one process."""
     assert run_here(tmp_path / "one", 4, monkeypatch) == batches(two, 2)
     np.testing.assert_allclose(losses(two / "run"), losses(tmp_path / "one"), rtol=1e-5)
-    assert_close(final_state(two / "run"), final_state(tmp_path / "one"), error)
+    assert_close(final_state(two / "run"), final_state(tmp_path / "one"))
     assert (two / "run" / "samples" / "step_00000006.png").is_file()
     model, params = deco_jax.load_pretrained(str(two / "run"))  # what many processes wrote, one opens
     assert jax.tree.structure(params) and model.depth == 2
@@ -157,7 +158,7 @@ def test_two_processes_train_as_one(two, tmp_path, monkeypatch, error):
 
 
 @pytest.mark.parametrize("processes, devices", [(4, 1), (1, 8)])
-def test_a_run_of_two_processes_continues_with_others(two, tmp_path, monkeypatch, error, processes, devices):
+def test_a_run_of_two_processes_continues_with_others(two, tmp_path, monkeypatch, processes, devices):
     """From step 3 with four processes, or one, on another number of devices: the next global batches are the same."""
     workdir = tmp_path / "run"
     for part in ("3/state", "3/data", "3/meta", "3/_CHECKPOINT_METADATA"):
@@ -173,17 +174,17 @@ def test_a_run_of_two_processes_continues_with_others(two, tmp_path, monkeypatch
         seen = batches(tmp_path, processes)
     assert seen == batches(two, 2)[3:]
     np.testing.assert_allclose(losses(workdir), losses(two / "run")[3:], rtol=1e-5)
-    assert_close(final_state(workdir), final_state(two / "run"), error)
+    assert_close(final_state(workdir), final_state(two / "run"))
 
 
-def test_from_eight_devices_to_four_to_one(two, tmp_path, monkeypatch, error):
+def test_from_eight_devices_to_four_to_one(two, tmp_path, monkeypatch):
     """And from preset to preset."""
     seen = run_here(tmp_path, 8, monkeypatch, steps=2, preset="fsdp_tensor")
     seen += run_here(tmp_path, 4, monkeypatch, steps=4, preset="data")
     seen += run_here(tmp_path, 1, monkeypatch, steps=6)
     assert seen == batches(two, 2)
     np.testing.assert_allclose(losses(tmp_path), losses(two / "run"), rtol=1e-5)
-    assert_close(final_state(tmp_path), final_state(two / "run"), error)
+    assert_close(final_state(tmp_path), final_state(two / "run"))
 
 
 @pytest.mark.parametrize("preset, victim", [("fsdp", 1), ("fsdp_tensor", 0)])

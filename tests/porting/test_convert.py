@@ -10,18 +10,21 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import deco_jax
+from deco_jax.checkpoints import store as checkpoint
 from deco_jax.cli import main
 from deco_jax.errors import UsageError
 from deco_jax.parallel import mesh as meshes
 from deco_jax.porting import convert as module
-from deco_jax.porting import moments, names, networks
+from deco_jax.porting import moments
 from deco_jax.porting.convert import Bundle, _write_checkpoint, convert, read
-from deco_jax.porting.files import open_weights
-from deco_jax.training import checkpoint
+from deco_jax.pretrained import names, networks
 from deco_jax.training.loop import train
 from deco_jax.training.start import abstract_on_host, abstract_state, find_weights, first_state
 from deco_jax.training.state import TrainState
 from deco_jax.training.step import make_trainer
+from deco_jax.weights import translate
+from deco_jax.weights.files import open_weights
+from tests.helpers import Golden, new_tiny_config, relative_error
 
 LIGHTNING = str(pathlib.Path(__file__).parents[1] / "golden" / "lightning_c2i.ckpt")
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -42,13 +45,13 @@ def assert_trees_equal(a, b):
 
 
 @pytest.mark.parametrize("weights, output", [("ema", "ema_denoiser"), ("online", "denoiser")])
-def test_upstreams_checkpoint_opens_and_computes_what_upstream_did(golden, error, workdir, weights, output):
-    g = golden("lightning_c2i_outputs")
+def test_upstreams_checkpoint_opens_and_computes_what_upstream_did(workdir, weights, output):
+    g = Golden("lightning_c2i_outputs")
     for source in (LIGHTNING, workdir):
         model, params = deco_jax.load_pretrained(source, weights)
         model = model.clone(dtype=np.float32)
         v = model.apply({"params": params}, g.image("x"), g["t"], g["y"].astype(np.int32))
-        assert error(v, g.image(output)) < 2e-5
+        assert relative_error(v, g.image(output)) < 2e-5
 
 
 def test_every_number_survives_the_way_to_ours_and_back(workdir, tmp_path):
@@ -118,7 +121,7 @@ def test_the_card_of_a_run_says_how_it_was_trained(tiny_config, tmp_path):
     train(tiny_config, str(tmp_path / "again"))  # nothing of the run's configuration was lost
 
 
-def test_one_more_step_is_the_step_that_torch_takes(workdir, error):
+def test_one_more_step_is_the_step_that_torch_takes(workdir):
     """The same gradients, given to torch's AdamW after loading its state, and to ours."""
     torch = pytest.importorskip("torch", reason="needs the extra `torch`")
     content = torch.load(LIGHTNING, weights_only=True)
@@ -144,19 +147,23 @@ def test_one_more_step_is_the_step_that_torch_takes(workdir, error):
         return {k.removeprefix(prefix): v for k, v in gradients.items() if k.startswith(prefix)}
 
     tree = {
-        "network": names.from_torch(names.DECO, cut("denoiser."), bundle.online),
-        "projector": names.from_torch(names.PROJECTOR, cut("diffusion_trainer."), bundle.projector),
+        "network": translate.from_torch(names.DECO, cut("denoiser."), bundle.online),
+        "projector": translate.from_torch(names.PROJECTOR, cut("diffusion_trainer."), bundle.projector),
     }
     state, _ = jax.jit(trainer.update)(state, tree, {"loss": np.float32(1)})
-    ours = {f"denoiser.{k}": v for k, v in names.to_torch(names.DECO, state.params["network"]).items()}
-    ours |= {f"diffusion_trainer.{k}": v for k, v in names.to_torch(names.PROJECTOR, state.params["projector"]).items()}
+    ours = {f"denoiser.{k}": v for k, v in translate.to_torch(names.DECO, state.params["network"]).items()}
+    ours |= {
+        f"diffusion_trainer.{k}": v for k, v in translate.to_torch(names.PROJECTOR, state.params["projector"]).items()
+    }
     for name, before in named.items():
         moved = parameters[name].detach().numpy() - before.numpy()
-        assert error(ours[name] - before.numpy(), moved) < 1e-3, name  # fp32 keeps four digits of 1e-4 beside 1
-        assert error(ours[name], parameters[name].detach().numpy()) < 1e-6, name
+        assert relative_error(ours[name] - before.numpy(), moved) < 1e-3, (
+            name
+        )  # fp32 keeps four digits of 1e-4 beside 1
+        assert relative_error(ours[name], parameters[name].detach().numpy()) < 1e-6, name
 
 
-def test_training_goes_on_in_a_converted_workdir(tmp_path, new_tiny_config):
+def test_training_goes_on_in_a_converted_workdir(tmp_path):
     """Step, optimiser and place in the data are taken over; settings the file knows nothing of are free."""
     config = new_tiny_config()
     target = tmp_path / "run"
@@ -260,9 +267,9 @@ def test_converted_weights_start_an_aligned_run_and_remember_their_teacher(tiny_
 
 
 @pytest.mark.parametrize("case", ["baseline_dit", "pixnerd"])
-def test_the_comparison_networks_open_compute_and_convert(golden, error, tmp_path, case):
+def test_the_comparison_networks_open_compute_and_convert(tmp_path, case):
     """From a file of PyTorch's, from a checkpoint made of it, and from a folder made of that."""
-    g = golden(case)
+    g = Golden(case)
     save_file(g.group("param:"), tmp_path / "x.safetensors", {"prediction": "velocity"})
     convert(str(tmp_path / "x.safetensors"), str(tmp_path / "run"))
     convert(str(tmp_path / "run"), str(tmp_path / "hf"), kind="huggingface")
@@ -270,7 +277,7 @@ def test_the_comparison_networks_open_compute_and_convert(golden, error, tmp_pat
         model, params = deco_jax.load_pretrained(str(tmp_path / name))
         assert {field: getattr(model, field) for field in g.sizes()} == g.sizes()
         v = model.clone(dtype=np.float32).apply({"params": params}, g.image("x"), g["t"], g["y"].astype(np.int32))
-        assert error(v, g.image("out")) < 2e-5
+        assert relative_error(v, g.image("out")) < 2e-5
     for name, value in load_file(tmp_path / "hf" / "model.safetensors").items():
         np.testing.assert_array_equal(value, g[f"param:{name}"])
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["kind"] == g.kind
@@ -279,8 +286,8 @@ def test_the_comparison_networks_open_compute_and_convert(golden, error, tmp_pat
     assert "DeCo.from_safetensors" not in (tmp_path / "hf" / "README.md").read_text()
 
 
-def test_networks_that_cannot_run_yet_are_recognised_and_named(golden, tmp_path):
-    save_file(golden("deco_t2i").group("param:"), tmp_path / "x.safetensors")
+def test_networks_that_cannot_run_yet_are_recognised_and_named(tmp_path):
+    save_file(Golden("deco_t2i").group("param:"), tmp_path / "x.safetensors")
     with pytest.raises(UsageError, match=r"holds a deco_text network \(patch_size 8, width 32, depth [23], heads 2"):
         deco_jax.load_pretrained(str(tmp_path / "x.safetensors"))
 

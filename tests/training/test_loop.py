@@ -10,13 +10,14 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import deco_jax
-from deco_jax.data.prepare import prepare_teacher
+from deco_jax.checkpoints import store as checkpoint
 from deco_jax.errors import UsageError
 from deco_jax.parallel import mesh as meshes
-from deco_jax.training import checkpoint
+from deco_jax.preparation.teacher import prepare_teacher
 from deco_jax.training.loop import train
 from deco_jax.training.start import abstract_state, find_weights, first_state
 from deco_jax.training.step import make_trainer
+from tests.helpers import new_tiny_config, random_dinov2
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -42,7 +43,7 @@ def logged(workdir):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, new_tiny_config):
+def straight(tmp_path_factory):
     """A workdir with six steps run without interruption; no test changes it."""
     workdir, config = tmp_path_factory.mktemp("straight"), new_tiny_config()
     config.train.update(log_every=1, save_every=3, sample_every=3, profile_at=1)
@@ -125,9 +126,9 @@ def test_a_new_run_starts_from_given_weights(tiny_config, straight, tmp_path):
     assert fresh["['step']"] == 1
 
 
-def test_features_from_the_disk_train_as_the_live_teacher(tiny_config, official, tmp_path):
+def test_features_from_the_disk_train_as_the_live_teacher(tiny_config, tmp_path):
     """Losses within 1e-5 (float16); a run may change from one to the other, but not to another teacher."""
-    save_file(official(), tmp_path / "teacher.safetensors")
+    save_file(random_dinov2(), tmp_path / "teacher.safetensors")
     tiny_config.model.patch_size = 16
     tiny_config.data.image_size = 32
     tiny_config.loss.update(alignment_weight=0.5, alignment_layer=1, alignment_features=64)
@@ -135,7 +136,7 @@ def test_features_from_the_disk_train_as_the_live_teacher(tiny_config, official,
     tiny_config.train.update(steps=2, log_every=1)
     train(tiny_config, str(tmp_path / "live"))
     prepare_teacher(tiny_config, str(tmp_path / "features"), batch_size=1000)
-    save_file(official(seed=1), tmp_path / "teacher.safetensors")  # nothing asks it again
+    save_file(random_dinov2(seed=1), tmp_path / "teacher.safetensors")  # nothing asks it again
     tiny_config.teacher.stored = str(tmp_path / "features")
     train(tiny_config, str(tmp_path / "stored"))
     for a, b in zip(logged(tmp_path / "live"), logged(tmp_path / "stored"), strict=True):

@@ -14,9 +14,9 @@ import jax
 jax.config.update("jax_disable_most_optimizations", True)
 
 from deco_jax import cli
+from deco_jax.checkpoints import store as checkpoint
 from deco_jax.errors import UsageError
 from deco_jax.parallel import mesh as meshes
-from deco_jax.training import checkpoint
 
 place_batch, count = meshes.place_batch, []
 checkpoint.SHARED_FOLDER_DELAY = 3

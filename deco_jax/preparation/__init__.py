@@ -1,0 +1,1 @@
+"""What never changes about the images, computed once and stored: `deco prepare`."""

@@ -1,0 +1,346 @@
+"""`deco prepare`: what never changes about the images, computed once and stored; so far the teacher's features."""
+
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax import Array
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from deco_jax.config import default_config
+from deco_jax.data.features import COMPLETE, PARTIAL, Contents, bad_file, features_file, missing_files, read_contents
+from deco_jax.data.pipeline import BadRecords, Batch, read_ahead
+from deco_jax.data.sources import Source, open_source
+from deco_jax.diffusion.flow import to_float
+from deco_jax.encoders import teacher as teachers
+from deco_jax.encoders.teacher import IMAGE_PATCH, Teacher, teacher_features
+from deco_jax.errors import AgreedError, UsageError
+from deco_jax.parallel import mesh as meshes
+from deco_jax.parallel import processes as distributed
+from deco_jax.version import __version__
+
+FILE_BYTES = 2**30  # of a file of features, at most
+SHARED_FOLDER_DELAY = 60  # seconds until a host surely sees what another has written to a network folder
+
+
+def prepare_teacher(config: ConfigDict, out: str, batch_size: int) -> None:
+    """Stores the teacher's features of every record of the configuration's data, as `features` describes.
+
+    Goes on where an earlier start ended, file by file; with several processes, process k of n makes files k, k + n, ….
+
+    Args:
+      config: the whole configuration.
+      out: the folder; with several processes, one they all see.
+      batch_size: images at a time on this process's devices, rounded up to a multiple of them.
+
+    Raises:
+      BrokenRun: this process of several fails alone, or others went away.
+      UsageError: data, teacher or folder are not to be had; the folder holds features of something else; or too many
+        records cannot be read.
+    """
+    try:
+        _prepare(config, out, batch_size)
+    except AgreedError:
+        raise
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        raise distributed.broken_run(error) from error
+
+
+def _prepare(config: ConfigDict, out: str, batch_size: int) -> None:
+    folder, first = pathlib.Path(out).expanduser(), jax.process_index() == 0
+    source, teacher, contents = distributed.together(lambda: _open(config, out, batch_size))
+    distributed.check_same("what is to be prepared", repr(dataclasses.astuple(contents)))
+    with contextlib.ExitStack() as closing:
+        distributed.together(lambda: closing.enter_context(_claim(folder, contents)) if first else None)
+        distributed.together(lambda: _wait_for(lambda: _is_of(folder, contents), f"{out} is not shared"))
+        done = (folder / COMPLETE).exists() and not missing_files(folder, contents)
+        if distributed.from_first(str(done)) == "True":
+            if first:
+                print(f"{folder} is done: it holds the features of all {contents.records:,} records.")
+            return
+        if first:
+            print(_summary(contents, folder))
+        _write_files(
+            config, source, teacher, contents, folder, batch_size
+        )  # one that fails does not wait for the others
+        distributed.together(lambda: _complete(config, source, contents, folder) if first else None)
+    if first:
+        print(f"{folder} is done. To train with it: --config.teacher.stored={folder}")
+
+
+def _open(config: ConfigDict, out: str, batch_size: int) -> tuple[Source, Teacher, Contents]:
+    if batch_size < 1:
+        raise UsageError(f"--batch-size={batch_size} must be at least 1.")
+    folder = pathlib.Path(out).expanduser()
+    if "://" in out or (folder.exists() and not folder.is_dir()):
+        raise UsageError(f"--out={out} is no folder. A bucket must be mounted (with gcsfuse, say).")
+    teachers.check_grids(config)
+    source, teacher = open_source(config.data), teachers.load_teacher(config)
+    tokens, width = (config.data.image_size // IMAGE_PATCH) ** 2, teacher.module.width
+    contents = Contents(
+        identity=source.identity,
+        records=len(source),
+        records_a_file=max(FILE_BYTES // _bytes(1, tokens, width), 1),
+        tokens=tokens,
+        features=width,
+        image_size=config.data.image_size,
+        patch=IMAGE_PATCH,
+        teacher=teacher.digest,
+    )
+    return source, teacher, contents
+
+
+def _bytes(*shape: int) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * np.dtype(np.float16).itemsize
+
+
+def _summary(contents: Contents, folder: pathlib.Path) -> str:
+    size = _bytes(contents.records, contents.tokens, contents.features)
+    return (
+        f"Features of {contents.records:,} records, {contents.tokens}×{contents.features} float16 each: "
+        f"{size / 1e9:,.3f} GB in {contents.files} files; {len(missing_files(folder, contents))} are to be made."
+    )
+
+
+# --- the folder
+
+
+@contextlib.contextmanager
+def _claim(folder: pathlib.Path, contents: Contents) -> Iterator[None]:
+    """Within it, this run alone writes to `folder`, whose features.partial.json says `contents`."""
+    known = _is_of(folder, contents)
+    if not known and next(folder.glob("features-*"), None):
+        raise UsageError(f"--out={folder} holds features, and nothing that says of what; choose another folder.")
+    with _as_usage_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"--out={folder} is in use by another process.") from error
+        except OSError as error:  # Lustre without -o flock, NFS without a lock daemon
+            logging.warning("%s cannot be locked (%s): see to it yourself that one run uses it.", folder, error)
+        _check_space(folder, contents)
+        if not known:
+            _write_json(folder / PARTIAL, dataclasses.asdict(contents))
+        yield
+
+
+def _is_of(folder: pathlib.Path, contents: Contents) -> bool:
+    """Whether the folder says that its features are those; UsageError if it says that they are others."""
+    path = next((folder / name for name in (COMPLETE, PARTIAL) if (folder / name).exists()), None)
+    if path is None:
+        return False
+    there, _ = read_contents(path)
+    if there != contents:
+        raise UsageError(
+            f"--out={folder} holds features of something else: {'; '.join(contents.differences(there))}. "
+            "Choose another folder."
+        )
+    return True
+
+
+def _check_space(folder: pathlib.Path, contents: Contents) -> None:
+    needed = sum(_bytes(*contents.shape(file)) for file in missing_files(folder, contents))
+    usage = shutil.disk_usage(folder)
+    if usage.total and needed > usage.free:  # some network folders say nothing
+        raise UsageError(
+            f"--out={folder} has {usage.free / 1e9:,.1f} GB free, and the missing features take "
+            f"{needed / 1e9:,.1f} GB; choose another disk, or train with the teacher in every step: teacher.stored=''."
+        )
+
+
+def _write_json(path: pathlib.Path, values: Any) -> None:
+    with _beside(path) as file:
+        file.write(json.dumps(values, indent=2).encode())
+
+
+@contextlib.contextmanager
+def _beside(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """A file to write to, which gets its name when it is whole and on the disk."""
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        with _as_usage_error(path):
+            with draft.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            draft.rename(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _as_usage_error(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error}.") from error
+
+
+def _wait_for(condition: Callable[[], bool], otherwise: str) -> None:
+    """Returns when `condition` holds, as files of other hosts appear; UsageError(otherwise) if it does not come to."""
+    end = time.monotonic() + SHARED_FOLDER_DELAY
+    while not condition():
+        if time.monotonic() > end:
+            raise UsageError(otherwise)
+        time.sleep(0.5)
+
+
+# --- the features
+
+
+def _write_files(
+    config: ConfigDict, source: Source, teacher: Teacher, contents: Contents, folder: pathlib.Path, batch_size: int
+) -> None:
+    """This process's share of the files that are missing."""
+    missing, process = missing_files(folder, contents), jax.process_index()
+    mine = [file for file in missing if file % jax.process_count() == process]
+    if not mine:
+        return
+    mesh = meshes.make_mesh(default_config().mesh, jax.local_devices())
+    batch_size = -(-min(batch_size, contents.records) // mesh.size) * mesh.size
+    bad = BadRecords(source, config.data.max_bad_records)
+    bad.check(np.array(_bad_so_far(folder, contents), int))
+
+    records_MxB = np.concatenate([_in_batches(contents, file, batch_size) for file in mine])
+    load = LoadRecords(source, contents.image_size)
+    workers = min(config.data.workers, len(records_MxB))
+    images = sum(contents.shape(file)[0] for file in mine)
+    with (
+        contextlib.closing(read_ahead(grain.MapDataset.source(records_MxB).map(load), workers)) as batches,
+        tqdm(total=images, unit="image", disable=None if process == 0 else True) as progress,
+    ):
+        computed = _compute(teacher, batches, mesh, source)
+        for file in mine:
+            _write_file(features_file(folder, file), contents.shape(file), computed, bad, progress)
+
+
+def _in_batches(contents: Contents, file: int, batch_size: int) -> np.ndarray:
+    """Numbers of a file's records, (batches, B); the last batch is filled up with −1."""
+    first, rows = file * contents.records_a_file, contents.shape(file)[0]
+    records = np.full((-(-rows // batch_size), batch_size), -1)
+    records.flat[:rows] = np.arange(first, first + rows)
+    return records
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadRecords(grain.transforms.Map):
+    """Reads records by their numbers."""
+
+    source: Source
+    size: int  # pixels along a side
+
+    def map(self, records_B: np.ndarray) -> Batch:
+        """(B,), −1 for none → image (B, H, W, 3) uint8, record (B,), bad (B,): its number if unreadable, else −1."""
+        images = np.zeros((len(records_B), self.size, self.size, 3), np.uint8)
+        bad = np.full(len(records_B), -1)
+        for row, record in enumerate(records_B.tolist()):
+            try:
+                if record >= 0:
+                    images[row], _ = self.source.load(record)
+            except Exception:  # whatever a decoder throws at a broken file
+                bad[row] = record
+        return {"image": images, "record": records_B, "bad": bad}
+
+
+def _compute(
+    teacher: Teacher, batches: Iterator[Batch], mesh: Mesh, source: Source
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of each batch the features (B, N, F) float16, NaN where the image is unreadable, and `bad` (B,).
+
+    One batch is read back while the devices work on the next.
+    """
+    params = teachers.place(teacher, mesh)
+
+    @jax.jit
+    def forward(params: Any, image_BxHxWx3: Array) -> tuple[Array, Array]:
+        features = teacher_features(teacher.module, params, to_float(image_BxHxWx3)).astype(jnp.float16)
+        return features, jnp.isfinite(features).all(axis=(1, 2))
+
+    def read_back(batch: Batch, features: Array, finite: Array) -> tuple[np.ndarray, np.ndarray]:
+        unreadable = batch["bad"] >= 0
+        for record in batch["record"][(batch["record"] >= 0) & ~unreadable & ~np.asarray(finite)][:1]:
+            raise UsageError(
+                f"The teacher's features of record {record}, {source.describe(record)}, do not fit float16, whose "
+                "largest number is 65504; train with the teacher in every step: teacher.stored=''."
+            )
+        features = np.array(features)
+        features[unreadable] = np.nan
+        return features, batch["bad"]
+
+    under_way = None
+    for batch in batches:
+        image = jax.device_put(batch["image"], meshes.batch_sharding(mesh))
+        with meshes.use_mesh(mesh):
+            following = batch, *forward(params, image)
+        if under_way is not None:
+            yield read_back(*under_way)
+        under_way = following
+    yield read_back(*under_way)
+
+
+def _write_file(
+    path: pathlib.Path,
+    shape: tuple[int, int, int],
+    computed: Iterator[tuple[np.ndarray, np.ndarray]],
+    bad: BadRecords,
+    progress: tqdm,
+) -> None:
+    """One file, from as many batches as it takes; what is unreadable in it is written first."""
+    missing, unreadable = shape[0], []
+    with _beside(path) as file:
+        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        while missing > 0:
+            features_BxNxF, bad_B = next(computed)
+            bad.check(bad_B)
+            unreadable += bad_B[bad_B >= 0].tolist()
+            rows = min(missing, len(features_BxNxF))
+            file.write(features_BxNxF[:rows])
+            progress.update(rows)
+            missing -= rows
+        bad_file(path).unlink(missing_ok=True)
+        if unreadable:
+            _write_json(bad_file(path), unreadable)
+
+
+def _bad_so_far(folder: pathlib.Path, contents: Contents) -> list[int]:
+    """Numbers of the records that could not be read when the files that are there were made."""
+    missing = set(missing_files(folder, contents))
+    paths = [bad_file(features_file(folder, file)) for file in range(contents.files) if file not in missing]
+    try:
+        return [int(record) for path in paths if path.exists() for record in json.loads(path.read_text())]
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{folder}: a features-*.bad.json is damaged ({error}); remove it and its .npy.") from error
+
+
+def _complete(config: ConfigDict, source: Source, contents: Contents, folder: pathlib.Path) -> None:
+    """Writes features.json, once all files are there."""
+    _wait_for(
+        lambda: not missing_files(folder, contents),
+        f"--out={folder} lacks files that other processes have written; it must be a folder they all see.",
+    )
+    bad = _bad_so_far(folder, contents)
+    BadRecords(source, config.data.max_bad_records, log=False).check(np.array(bad, int))
+    made = {"bad": bad, "deco_jax": __version__, "date": datetime.date.today().isoformat()}
+    _write_json(folder / COMPLETE, dataclasses.asdict(contents) | made)
+    (folder / PARTIAL).unlink(missing_ok=True)

@@ -1,0 +1,64 @@
+"""`deco_jax.load_pretrained`: a network and its weights from wherever they are stored."""
+
+from typing import Any, Literal
+
+import jax
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from deco_jax.checkpoints import store as checkpoint
+from deco_jax.config import default_config
+from deco_jax.errors import UsageError
+from deco_jax.models import build_model
+from deco_jax.pretrained.networks import (
+    is_weight_file,
+    model_config,
+    open_networks,
+    parameter_shapes,
+    read_network,
+    settle_prediction,
+)
+
+
+def load_pretrained(
+    path: str, weights: Literal["ema", "online"] = "ema", prediction: Literal["velocity", "image"] | None = None
+) -> tuple[nn.Module, Any]:
+    """Opens a trained network, wherever it comes from; architecture and sizes are in the file.
+
+    Args:
+      path: a workdir of `deco train` (its newest checkpoint), `workdir/checkpoints/<step>`, an upstream Lightning
+        `.ckpt`, a PyTorch state dict (`.pt`, `.pth`), `.safetensors`, an index of several of these, or a Hugging Face
+        folder. Neither torch nor any code in a file is used (docs/security.md).
+      weights: the moving average, or the weights that were being trained; the same where a file does not
+        say which it holds.
+      prediction: what the network predicts, for files that do not say. Ours do; others are taken for velocity, but
+        for a baseline it must be given, as upstream trains it both ways. Whatever it is, `model` returns velocities.
+
+    Returns:
+      (model, params): for `model.apply({"params": params}, x, t, labels)` and `deco_jax.sample`.
+
+    Raises:
+      UsageError: there is nothing to open, no such weights, tensors are missing, left over or misshapen, or the file
+        says that it predicts something else.
+    """
+    if weights not in ("ema", "online"):
+        raise UsageError(f"weights={weights!r} is not known; allowed: ema, online.")
+    if is_weight_file(path):
+        stored = open_networks(path, prediction)
+        model, params = build_model(model_config(stored)), read_network(stored, weights)
+        return model, jax.tree.map(lambda x: jax.device_put(x, may_alias=True), params)
+    folder, step = checkpoint.find_checkpoint(path)
+    # A field that is younger than the checkpoint had, in effect, its default.
+    config = ConfigDict(default_config().model.to_dict() | checkpoint.read_meta(folder, step)["config"]["model"])
+    settle_prediction(path, [config.prediction], prediction)
+    config.attention = "default"  # the run's choice may not exist on this machine
+    model = build_model(config)
+    params = checkpoint.restore_part(folder, step, _wanted(model, weights))
+    return model, params["ema"] if weights == "ema" else params["params"]["network"]
+
+
+def _wanted(model: nn.Module, weights: str) -> dict[str, Any]:
+    """The part of a TrainState to read, as shapes on the first local device."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), parameter_shapes(model))
+    return {"ema": shapes} if weights == "ema" else {"params": {"network": shapes}}

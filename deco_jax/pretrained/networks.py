@@ -1,0 +1,172 @@
+"""The networks in a weight file, and one set of them as our parameters."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from deco_jax.checkpoints import store as checkpoint
+from deco_jax.config import default_config
+from deco_jax.diffusion.flow import PREDICTIONS
+from deco_jax.errors import UsageError
+from deco_jax.models import Projector, build_model
+from deco_jax.models.build import KINDS
+from deco_jax.pretrained import names
+from deco_jax.pretrained.infer import ARCHITECTURES, infer, split_networks
+from deco_jax.weights import translate
+from deco_jax.weights.files import Weights, open_weights
+from deco_jax.weights.tensors import short
+
+RUNNABLE = tuple(KINDS)  # architectures that have a Flax module
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What a PyTorch or safetensors file holds, unread."""
+
+    path: str
+    sizes: dict[str, Any]  # of the network, see `infer`; and its "prediction"
+    networks: dict[str, dict[str, Any]]  # "ema", "online", "projector" as far as they are there; PyTorch name → tensor
+    file: Weights
+
+    @property
+    def table(self) -> dict[str, str]:
+        """Names of the network's parameters."""
+        return ARCHITECTURES[self.sizes["kind"]][0]
+
+    def has(self, which: str) -> bool:
+        """Whether `weights` has an answer."""
+        try:
+            return bool(self.weights(which))
+        except UsageError:
+            return False
+
+    def weights(self, which: str) -> dict[str, Any]:
+        """The "ema" or the "online" tensors; a file with a single set and no word about it gives that for both.
+
+        Raises:
+          UsageError: it has the other only.
+        """
+        if which in self.networks:
+            return self.networks[which]
+        said = self.file.metadata.get("weights")
+        if "only" in self.networks and said not in {"ema", "online"} - {which}:
+            return self.networks["only"]
+        has = ", ".join(sorted(set(self.networks) & {"ema", "online"})) or said
+        raise UsageError(f"{self.path} holds no {which} weights, but: {has}.")
+
+
+def is_weight_file(path: str | os.PathLike) -> bool:
+    """Whether `path` is a file, or a Hugging Face folder: not a workdir or checkpoint of ours."""
+    given = pathlib.Path(path).expanduser()
+    if (given / checkpoint.FOLDER).is_dir():  # whatever else lies in a workdir
+        return False
+    endings = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+    return given.is_file() or (given.is_dir() and any(any(given.glob(ending)) for ending in endings))
+
+
+def open_networks(path: str | os.PathLike, prediction: str | None = None) -> Stored:
+    """Looks into a file or Hugging Face folder: which networks, of which sizes. Reads no numbers.
+
+    Args:
+      path: of the file or folder.
+      prediction: of the network, velocity or image, for files that do not say; those of a baseline need it.
+
+    Raises:
+      UsageError: it cannot be read, or its tensors do not make a network, and they are listed; or it predicts
+        something else.
+    """
+    file = open_weights(pathlib.Path(path).expanduser())
+    try:
+        networks = split_networks(file.tensors)
+        sets = [networks[which] for which in ("ema", "online", "only") if which in networks]
+        if not sets:
+            raise UsageError(f"there is no network, only: {', '.join(networks)}.")
+        sizes = [infer({name: tuple(tensor.shape) for name, tensor in tensors.items()}) for tensors in sets]
+        if sizes[0] != sizes[-1]:
+            raise UsageError(f"its EMA and online networks differ: {sizes[0]} and {sizes[-1]}.")
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    said = [place["prediction"] for place in (file.metadata, file.config, file.rest) if "prediction" in place]
+    prediction = settle_prediction(path, said, prediction)
+    if prediction is None and sizes[0]["kind"] == "baseline":
+        raise UsageError(
+            f"{path} does not say whether its baseline predicts velocities or images; both are in use and have the "
+            "same tensors. Say which: prediction='velocity' or 'image' (deco convert --prediction velocity, or image)."
+        )
+    return Stored(str(path), sizes[0] | {"prediction": prediction or "velocity"}, networks, file)
+
+
+def settle_prediction(path: str | os.PathLike, said: list[Any], given: str | None) -> str | None:
+    """What a network predicts, velocity or image; tensors do not tell.
+
+    Args:
+      path: the file, for messages.
+      said: what stands in it, in as many places as there are.
+      given: what its reader says, None for nothing.
+
+    Returns:
+      None if nobody says anything.
+
+    Raises:
+      UsageError: two say different things, or one something unknown.
+    """
+    for value in [*said, *([] if given is None else [given])]:
+        if not isinstance(value, str) or value not in PREDICTIONS:
+            raise UsageError(f"{path}: prediction={short(value)} is not known; allowed: {', '.join(PREDICTIONS)}.")
+    if len(set(said)) > 1:
+        raise UsageError(f"{path} says in one place that its network predicts {said[0]}, in another {said[-1]}.")
+    if said and given not in (None, said[0]):
+        raise UsageError(f"{path} holds a network that predicts {said[0]}, not {given}; leave the prediction out.")
+    return said[0] if said else given
+
+
+def model_config(stored: Stored) -> ConfigDict:
+    """The `model` part of a configuration for the network in `stored`, other fields at their defaults.
+
+    Raises:
+      UsageError: it is a network that this version cannot run.
+    """
+    kind = stored.sizes["kind"]
+    if kind not in RUNNABLE:
+        known = ", ".join(f"{name} {size}" for name, size in stored.sizes.items() if name != "kind")
+        raise UsageError(
+            f"{stored.path} holds a {kind} network ({known}); this version runs and converts: {', '.join(RUNNABLE)}."
+        )
+    config = default_config().model
+    config.update(stored.sizes)
+    return config
+
+
+def parameter_shapes(model: nn.Module) -> Any:
+    """Shapes of a network's parameters, without computing any."""
+    p = model.patch_size
+    shape = jax.ShapeDtypeStruct
+    inputs = shape((1, p, p, 3), np.float32), shape((1,), np.float32), shape((1,), np.int32)
+    return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
+
+
+def read_network(stored: Stored, which: str, watch: Callable[[Iterable], Iterable] = iter) -> Any:
+    """The "ema" or "online" weights as our parameters, fp32 numpy; one tensor at a time is read beside them.
+
+    Args:
+      stored: from `open_networks`.
+      which: of them.
+      watch: wraps the iteration over tensors, for a progress bar.
+    """
+    like = parameter_shapes(build_model(model_config(stored)))
+    return translate.from_torch(stored.table, stored.weights(which), like, watch)
+
+
+def read_projector(stored: Stored, tensors: dict[str, Any]) -> Any:
+    """Tensors of the alignment's projector as our parameters."""
+    features = tensors["proj.0.4.weight"].shape[0] if "proj.0.4.weight" in tensors else 0
+    tokens = jax.ShapeDtypeStruct((1, 1, stored.sizes["width"]), np.float32)
+    like = nn.meta.unbox(jax.eval_shape(Projector(features).init, jax.random.key(0), tokens)["params"])
+    return translate.from_torch(names.PROJECTOR, tensors, like)

@@ -1,0 +1,1 @@
+"""From noise to images: settings, solvers, guidance, and pictures on disk."""

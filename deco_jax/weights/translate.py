@@ -1,0 +1,121 @@
+"""Between PyTorch's tensors and our parameters, by a table of names that is read in both directions.
+
+A table says: PyTorch name → path in our parameter tree. `{i}` counts the blocks of the transformer and `{t}` those of
+the text refiner, which we stack along a leading axis; `{j}` counts the blocks of the pixel decoder, and `{i+j}` goes on
+counting where `{i}` ends. The only transform is the one every linear layer needs: PyTorch stores (out, in), we store
+(in, *features) with `out` split in row-major order; what PyTorch fuses (qkv, w12) is an axis here.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from deco_jax.errors import UsageError
+
+
+def expand(table: Mapping[str, str], counts: Mapping[str, int]) -> Iterator[tuple[str, str, int | None]]:
+    """Every tensor that `table` stands for, in the order of PyTorch's modules.
+
+    Args:
+      table: see above.
+      counts: how many blocks "i", "t" and "j" count.
+
+    Yields:
+      (PyTorch name, our path, index on our stacked axis or None).
+    """
+    for letter, entries in itertools.groupby(table.items(), lambda entry: _letter(entry[0])):
+        entries = list(entries)
+        for k in range(counts[letter] if letter else 1):
+            for theirs, path in entries:
+                name = theirs.replace("{i+j}", str(counts.get("i", 0) + k)).replace(f"{{{letter}}}", str(k))
+                yield name, path.replace("{j}", str(k)), k if letter in ("i", "t") else None
+
+
+def _letter(theirs: str) -> str | None:
+    """What a name counts blocks with."""
+    found = re.search(r"\{(?:i\+)?([itj])\}", theirs)
+    return found[1] if found else None
+
+
+def counts_of(table: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """How many blocks our parameters have, from their paths and shapes."""
+    counts = {"i": 0, "t": 0, "j": 0}
+    for theirs, path in table.items():
+        for letter in "it":
+            if f"{{{letter}}}" in theirs and path in shapes:
+                counts[letter] = shapes[path][0]
+        while path.replace("{j}", str(counts["j"])) in shapes and "{j}" in path:
+            counts["j"] += 1
+    return counts
+
+
+def from_torch(
+    table: Mapping[str, str], tensors: Mapping[str, Any], like: Any, watch: Callable[[Iterable], Iterable] = iter
+) -> Any:
+    """Arranges PyTorch tensors as our parameters; whatever precision they have, ours is fp32.
+
+    Args:
+      table: see above.
+      tensors: PyTorch name → array, or a `tensors.Tensor`, which is read from disk here and then let go.
+      like: the parameter tree to fill; only its shapes are read (`jax.eval_shape` of an init will do).
+      watch: wraps the iteration over tensors, for a progress bar.
+
+    Returns:
+      Nested dicts of numpy arrays shaped as `like`.
+
+    Raises:
+      UsageError: tensors are missing, left over or misshapen; all of them are listed.
+    """
+    shapes = {"/".join(path): leaf.shape for path, leaf in flatten_dict(like).items()}
+    places = list(expand(table, counts_of(table, shapes)))
+    problems = [f"unexpected {name}" for name in sorted(set(tensors) - {theirs for theirs, _, _ in places})]
+    for theirs, path, layer in places:
+        shape = shapes[path] if layer is None else shapes[path][1:]
+        if theirs not in tensors:
+            problems.append(f"missing {theirs} for {path} {shape}")
+        elif tuple(tensors[theirs].shape) != _torch_shape(path, shape):
+            problems.append(f"{theirs} has shape {tensors[theirs].shape}; {path} needs {_torch_shape(path, shape)}")
+        elif tensors[theirs].dtype.kind == "c":
+            problems.append(f"{theirs} is complex")
+    if problems:
+        raise UsageError("these tensors do not fit the model: " + "; ".join(problems) + ".")
+    ours = {path: aligned_empty(shapes[path]) for path in dict.fromkeys(path for _, path, _ in places)}
+    for theirs, path, layer in watch(places):
+        target = ours[path] if layer is None else ours[path][layer]
+        value = np.asarray(tensors[theirs])
+        target[...] = (value.T if path.endswith("/kernel") else value).reshape(target.shape)
+    return unflatten_dict({tuple(path.split("/")): value for path, value in ours.items()})
+
+
+def aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
+    """An fp32 array that JAX can take over on a CPU without a copy: it begins at a multiple of 64 bytes."""
+    size = 4 * math.prod(shape)
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(np.float32).reshape(shape)
+
+
+def to_torch(table: Mapping[str, str], params: Any) -> dict[str, np.ndarray]:
+    """Inverse of `from_torch`: our parameters under PyTorch's names and shapes."""
+    arrays = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
+    tensors = {}
+    for theirs, path, layer in expand(table, counts_of(table, {path: array.shape for path, array in arrays.items()})):
+        value = arrays[path] if layer is None else arrays[path][layer]
+        shape = _torch_shape(path, value.shape)
+        tensors[theirs] = value.reshape(value.shape[0], -1).T if path.endswith("/kernel") else value
+        tensors[theirs] = np.ascontiguousarray(tensors[theirs].reshape(shape))
+    return tensors
+
+
+def _torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape PyTorch gives the parameter that we keep at `path` with `shape`."""
+    if path.endswith("/kernel"):
+        return (int(np.prod(shape[1:])), shape[0])
+    if path.endswith("/bias"):
+        return (int(np.prod(shape)),)
+    return tuple(shape)

@@ -1,0 +1,179 @@
+"""What several tests and benchmarks share: the recordings of the PyTorch system, errors, small configurations."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from deco_jax.config import default_config
+from deco_jax.diffusion.flow import Draws, shift_time
+from deco_jax.models.build import KINDS, Network
+from deco_jax.pretrained import names
+from deco_jax.pretrained.infer import ARCHITECTURES
+from deco_jax.training.state import TrainState
+from deco_jax.training.step import make_trainer
+from deco_jax.weights import translate
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def relative_error(ours, theirs) -> float:
+    """‖a − b‖/‖b‖ in float64."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape, f"shape {ours.shape}, recorded {theirs.shape}"
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+class Golden:
+    """A recorded run of the PyTorch system: arrays by key (images turned to NHWC by `image`), and its configuration."""
+
+    def __init__(self, name: str):
+        self.arrays = dict(np.load(GOLDEN / f"{name}.npz"))
+        self.config = json.loads(str(self.arrays["config"])) if "config" in self.arrays else {}
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self.arrays[key]
+
+    def image(self, key: str) -> np.ndarray:
+        return np.moveaxis(self.arrays[key], -3, -1)
+
+    def group(self, prefix: str) -> dict[str, np.ndarray]:
+        return {k.removeprefix(prefix): v for k, v in self.arrays.items() if k.startswith(prefix)}
+
+    @property
+    def kind(self) -> str:
+        """The recorded network's `model.kind`."""
+        return "pixnerd" if "nerf_mlpratio" in self.config else "deco" if "hidden_size_x" in self.config else "baseline"
+
+    def sizes(self) -> dict[str, int]:
+        """The recorded network's sizes under our names."""
+        c = self.config
+        blocks = c.get("num_cond_blocks", c["num_blocks"])  # of the transformer; the decoder's come after them
+        known = {
+            "num_classes": c["num_classes"],
+            "patch_size": c["patch_size"],
+            "width": c["hidden_size"],
+            "depth": blocks,
+            "heads": c["num_groups"],
+            "decoder_width": c.get("hidden_size_x"),
+            "decoder_depth": c["num_blocks"] - blocks,
+            "decoder_expansion": c.get("nerf_mlpratio"),
+        }
+        return {field: known[field] for field in KINDS[self.kind][1] if field in known}
+
+    def model(self, **changes) -> Network:
+        return KINDS[self.kind][0](**self.sizes() | {"dtype": jnp.float32} | changes)
+
+    def params(self, prefix: str = "param:"):
+        return translate.from_torch(ARCHITECTURES[self.kind][0], self.group(prefix), abstract_params(self.model()))
+
+    def replay(self):
+        """Our training steps with the recorded draws: (final state, metrics of each step)."""
+        c = self.config
+        config = default_config()
+        config.model.update(self.sizes(), dtype="float32", remat="full")
+        config.loss.update(
+            frequency_weight=c["freq_loss_weight"],
+            frequency_quality=c["freq_quality"],
+            alignment_weight=c["feat_loss_weight"],
+            alignment_layer=c["align_layer"],
+            alignment_features=c["enc_dim"],
+        )
+        config.optimizer.update(
+            lr=c["lr"], beta1=c["betas"][0], beta2=c["betas"][1], eps=c["eps"], weight_decay=c["weight_decay"]
+        )
+        config.ema.decay = c["ema_decay"]
+        config.train.steps = c["steps"]
+        trainer = make_trainer(config)
+
+        tokens = jnp.zeros((1, 1, c["hidden_size"]))
+        projector_like = jax.eval_shape(trainer.projector.init, jax.random.key(0), tokens)["params"]
+        params = {
+            "network": self.params("param:denoiser."),
+            "projector": translate.from_torch(
+                names.PROJECTOR, self.group("param:diffusion_trainer."), nn.meta.unbox(projector_like)
+            ),
+        }
+        params = jax.tree.map(jnp.asarray, params)
+        zero = jnp.int32(0)
+        state = TrainState(zero, params, params["network"], trainer.optimizer.init(params), zero, zero)
+
+        @jax.jit
+        def step(state, images, labels, draws, features):
+            (_, metrics), gradients = jax.value_and_grad(trainer.loss, has_aux=True)(
+                state.params, images, labels, draws, features
+            )
+            return trainer.update(state, gradients, metrics)
+
+        history = []
+        for k in range(c["steps"]):
+            draws = Draws(
+                shift_time(jax.nn.sigmoid(self["time_normal"][k]), c["timeshift"]),
+                self.image("noise")[k],
+                self["drop_label"][k],
+            )
+            state, metrics = step(
+                state,
+                self.image("images")[k],
+                self["labels"][k].astype(np.int32),
+                draws,
+                self["repa_features"][k],
+            )
+            history.append(metrics)
+        return state, history
+
+
+def abstract_params(model: Network):
+    """Shapes of a network's parameters."""
+    p = model.patch_size
+    inputs = jnp.zeros((1, p, p, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
+    return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
+
+
+def new_tiny_config():
+    """A configuration: the quickstart shrunk until a step takes milliseconds; the same code paths."""
+    c = default_config()
+    c.model.update(
+        num_classes=10,
+        patch_size=7,
+        width=16,
+        depth=2,
+        heads=2,
+        decoder_width=8,
+        decoder_depth=1,
+        dtype="float32",
+        remat="none",
+    )
+    c.data.update(source="digits", image_size=28, batch_size=16, workers=0)
+    c.optimizer.lr = 1e-3
+    c.train.update(steps=6, log_every=2, save_every=2, sample_every=0, keep=10)
+    c.sample.update(steps=2, num=8)
+    return c
+
+
+def random_dinov2(seed=0, width=64, depth=1):
+    """Tensors of a small random DINOv2 in the official layout."""
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, 1 + 9, width),
+        "patch_embed.proj.weight": (width, 3, 14, 14),
+        "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+    }
+    for i in range(depth):
+        block = {
+            "attn.qkv": (3 * width, width),
+            "attn.proj": (width, width),
+            "mlp.fc1": (4 * width, width),
+            "mlp.fc2": (width, 4 * width),
+        }
+        for name, shape in block.items():
+            shapes |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
+        for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma"):
+            shapes[f"blocks.{i}.{name}"] = (width,)
+    return {name: rng.normal(0, 0.2, shape).astype(np.float32) for name, shape in shapes.items()}
