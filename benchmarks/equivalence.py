@@ -20,12 +20,13 @@ if __name__ == "__main__":
 import numpy as np
 
 from deco_jax.config import default_config
-from deco_jax.encoders import teacher as teachers
 from deco_jax.encoders.dinov2.model import DINOv2
+from deco_jax.encoders.frozen import FrozenWeights
+from deco_jax.encoders.teacher import teacher_of
 from deco_jax.parallel import mesh as meshes
 from deco_jax.sampling.sample import image_noise, sample
 from deco_jax.training.start import abstract_state, check_devices
-from deco_jax.training.step import jit_step, make_trainer
+from deco_jax.training.step import jit_step, make_train_step
 
 BATCH, SIDE, SETTINGS = 16, 28, {"steps": 3, "guidance": 2.0, "guidance_interval": (0.3, 1.0)}
 TEACHER = DINOv2(24, 2, 2, patch_size=14, image_patch=7, table_side=3, dtype=np.dtype("float32"))
@@ -66,11 +67,12 @@ def any_state(abstract):
 
 
 def compute(changes, devices):
-    """One step's metrics and first moments (a tenth of the gradients), and images, as numpy; another step; the mesh."""
+    """One step's metrics and first moments (a tenth of the gradients), and images; another step; the layout."""
     config = make_config(changes)
-    trainer, mesh = make_trainer(config, TEACHER), meshes.make_mesh(config.mesh, devices)
+    teacher, layout = teacher_of(TEACHER, config), meshes.make_layout(config.mesh, devices)
+    train_step, mesh = make_train_step(config, [teacher]), layout.mesh
     check_devices(config, mesh)
-    abstract = abstract_state(trainer, mesh)
+    abstract = abstract_state(train_step, layout)
     state = any_state(abstract)
     rng = np.random.default_rng(0)
     batch = {
@@ -78,19 +80,19 @@ def compute(changes, devices):
         "label": rng.integers(0, 10, BATCH).astype(np.int32),
     }
     noise = image_noise(jax.random.key(0), np.arange(BATCH), (SIDE, SIDE, 3))
-    with meshes.use_mesh(mesh):
+    with meshes.use_mesh(layout):
         noise = jax.device_put(noise, meshes.batch_sharding(mesh))
-        images = sample(trainer.network, state.ema, np.arange(BATCH) % 10, noise=noise, **SETTINGS)
+        images = sample(train_step.network, state.ema, np.arange(BATCH) % 10, noise=noise, **SETTINGS)
         images = meshes.fetch(images, mesh)
-        step = jit_step(trainer, abstract, mesh)
+        step = jit_step(train_step, abstract, layout)
         placed = meshes.place_batch(batch, mesh, np.arange(BATCH), BATCH)
-        notes = meshes.place_notes(False, np.full(BATCH, -1), mesh, np.arange(BATCH), BATCH)
-        shapes = teachers.abstract_params(TEACHER, mesh)
+        messages = meshes.place_messages(False, np.full(BATCH, -1), mesh, np.arange(BATCH), BATCH)
+        shapes = teacher.abstract_params(layout)
         params = jax.tree.map(lambda p: rng.normal(0, 0.2, p.shape).astype(np.float32), shapes)
-        teacher = teachers.place(teachers.Teacher(TEACHER, params, ""), mesh)
-        state, metrics, _ = step(state, placed, notes, teacher)
+        frozen = {"teacher": FrozenWeights.of(teacher, params).place(layout)}
+        state, metrics, _ = step(state, placed, messages, frozen)
     results = jax.device_get((metrics, state.opt_state[0].mu))
-    return results, images, lambda: step(state, placed, notes, teacher)[0], mesh
+    return results, images, lambda: step(state, placed, messages, frozen)[0], layout
 
 
 def errors(reference, case):

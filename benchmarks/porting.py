@@ -1,6 +1,6 @@
 """What does it take to open an XL-size checkpoint of upstream's? Prints the table of docs/numbers.md.
 
-python benchmarks/porting.py [OUTPUT.json]
+  python benchmarks/porting.py [OUTPUT.json]
 
 Writes a Lightning `.ckpt` of DeCo-XL's names and shapes with random numbers (10.9 GB: online, EMA, AdamW's moments)
 into the temporary folder, with torch; then opens it in processes of their own that have no torch in them.
@@ -16,7 +16,8 @@ import time
 SHAPES = pathlib.Path(__file__).parents[1] / "tests" / "golden" / "full_size_state_dict_shapes.json"
 CHILD = """
 import json, resource, sys, threading, time
-import deco_jax, jax
+import jax
+from deco_jax import load_pretrained
 jax.device_put(1.0).block_until_ready()
 
 def memory():  # bytes of this process in RAM: its own, and the pages of files that it maps
@@ -33,7 +34,7 @@ def watch():
 
 threading.Thread(target=watch, daemon=True).start()
 start = time.perf_counter()
-model, params = deco_jax.load_pretrained(sys.argv[1], sys.argv[2])
+model, params = load_pretrained(sys.argv[1], sys.argv[2])
 jax.block_until_ready(params)
 seconds, done = time.perf_counter() - start, True
 assert "torch" not in sys.modules

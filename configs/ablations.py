@@ -1,4 +1,4 @@
-"""The paper's ablations (Table 4; alignment: Table 1), a field or two from the L run: ImageNet 256², 200k steps.
+"""The paper's ablations (Table 4; alignment: Table 1), one or two fields from the L run: ImageNet 256², 200k steps.
 
   deco train --config configs/ablations.py:NAME --workdir DIR --config.data.path=TFDS_DIR
 

@@ -2,8 +2,9 @@
 
   deco train --config configs/imagenet256_deco_l.py --workdir DIR --config.data.path=TFDS_DIR
 
-The teacher, DINOv2 ViT-B/14, is downloaded from Hugging Face or found as `deco_jax/config.py` says under `teacher`.
-Hardware: upstream used 8 × A800 80 GB, 0.24 s a step, 27.5 GB a GPU (paper, Table 1). This project has not run it yet.
+The teacher, DINOv2 ViT-B/14, is downloaded from Hugging Face
+or found as `deco_jax/config/fields.py` says for `teacher`.
+Hardware: upstream used 8 × A800 80 GB, 0.24 s per step, 27.5 GB per GPU (paper, Table 1). Not run here yet.
 Expected with Euler-50 and no guidance: FID-50K 31.35, sFID 9.34, IS 48.35 (paper, Table 1; not reproduced here).
 """
 

@@ -2,7 +2,8 @@
 
   deco train --config configs/imagenet256_deco_xl.py --workdir DIR --config.data.path=TFDS_DIR --config.mesh.fsdp=8
 
-The teacher, DINOv2 ViT-B/14, is downloaded from Hugging Face or found as `deco_jax/config.py` says under `teacher`.
+The teacher, DINOv2 ViT-B/14, is downloaded from Hugging Face
+or found as `deco_jax/config/fields.py` says for `teacher`.
 Hardware: a node of 8 GPUs with 80 GB or a TPU slice. This project has not run it yet.
 Expected with Euler-100 and guidance in (0.1, 1]: FID-50K 2.57 at 80 epochs, 1.90 at 320 (guidance 3.2), 1.71 at 800
 (guidance 3.0) (paper; not reproduced here).

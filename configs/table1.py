@@ -1,4 +1,4 @@
-"""The rows of the paper's Table 1 that are its own: L size, ImageNet 256², 200k steps at batch 256.
+"""The paper's own rows of its Table 1: L size, ImageNet 256², 200k steps at batch 256.
 
   deco train --config configs/table1.py:ROW --workdir DIR --config.data.path=TFDS_DIR
 
@@ -10,8 +10,8 @@
   deco_without_frequency  426.9 M       34.12   10.41   46.44
   deco                    426.9 M       31.35    9.34   48.35   as configs/imagenet256_deco_l.py
 
-FID-50K, sFID and IS with Euler-50 and no guidance (paper; not reproduced here). Every row is the L run of DeCo but for
-what stands below, so all but one align with DINOv2; the frequency loss is DeCo's alone.
+FID-50K, sFID and IS with Euler-50 and no guidance (paper; not reproduced here). Every row is DeCo's L run except for
+the fields below: all but one align with DINOv2, and only DeCo has the frequency loss.
 """
 
 import pathlib

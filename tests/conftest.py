@@ -41,7 +41,17 @@ def full_size_shapes():
     return json.loads((GOLDEN / "full_size_state_dict_shapes.json").read_text())
 
 
-SLOW = ("test_processes", "test_cli", "test_loop", "test_equivalence", "test_plan", "test_scripts", "test_convert")
+SLOW = (
+    "test_processes",
+    "test_cli",
+    "test_loop",
+    "test_before_redesign",
+    "test_resume",
+    "test_equivalence",
+    "test_plan",
+    "test_scripts",
+    "test_convert",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,1 +1,1 @@
-"""A run's checkpoints: writing and reading them, and what may resume from which."""
+"""Checkpoints of a run: what is in one and how it is read (`store`), and what may go on from it (`resume`)."""

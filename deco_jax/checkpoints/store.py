@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what is in one, which may be resumed by which configuration, and reading parts of one.
+"""What is in a run's checkpoints, who may write them, and how are they or parts of them read?
 
     workdir/checkpoints/<step>/state   TrainState, as Orbax arrays
                               /data    position in the data: the number of global batches consumed
@@ -8,7 +8,6 @@ Saving is asynchronous and atomic: a step's folder gets its name when everything
 """
 
 import contextlib
-import fcntl
 import itertools
 import json
 import logging as python_logging
@@ -16,82 +15,50 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
 import jax
+import optax
 import orbax.checkpoint as ocp
 from absl import logging
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from deco_jax.config import default_config, flatten
+from deco_jax.config import restore_config, save_config
 from deco_jax.errors import UsageError
-from deco_jax.parallel import processes as distributed
+from deco_jax.parallel import processes
+from deco_jax.storage import locked, wait_until
 
 FOLDER = "checkpoints"
 ITEMS = ("state", "data", "meta")
 TOKEN = ".first_process"
-SHARED_FOLDER_DELAY = 60  # seconds until a host surely sees what another has written to a network folder
-# What may differ between a checkpoint and the run that resumes it; everything else may not.
-FREE_FIELDS = (
-    "train.",  # but see train.steps in check_resumable
-    "sample.",
-    "mesh.",
-    "teacher.",  # but see the teacher's digest in check_resumable
-    "data.workers",
-    "data.path",
-    "data.max_bad_records",
-    "model.remat",
-    "model.scan",
-    "model.attention",
-)
 
 
 @contextlib.contextmanager
-def claim(workdir: pathlib.Path) -> Iterator[None]:
+def exclusive(workdir: pathlib.Path) -> Iterator[None]:
     """Within it, this run alone uses `workdir`; remains of a save that was cut off are set aside first.
 
-    As far as the folder's locks reach: on gcsfuse that is one host.
-
     Raises:
-      UsageError: another run holds it, or it is not the same folder on every process.
+      UsageError: another run uses it, or it is not the same folder on every process.
     """
-    token = distributed.from_first(f"{os.getpid()} {time.time_ns()}")
+    token, path = processes.broadcast(f"{os.getpid()} {time.time_ns()}"), workdir / TOKEN
 
-    def take() -> IO[str] | None:
+    def lock() -> None:
         if jax.process_index() > 0:
-            return None
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("a")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"--workdir={workdir} is in use by another process.") from error
-        except OSError as error:  # Lustre without -o flock, NFS without a lock daemon
-            logging.warning("%s cannot be locked (%s): see to it yourself that one run uses it.", workdir, error)
+            return
+        closing.enter_context(locked(workdir, f"--workdir={workdir}"))
         if jax.process_count() > 1:
-            (workdir / TOKEN).write_text(token)  # a file of its own: network folders show what is closed
+            path.write_text(token)  # a file of its own: network folders show what is closed
         _set_aside_incomplete(workdir / FOLDER)
-        return lock
 
-    def look() -> None:
-        end = time.monotonic() + SHARED_FOLDER_DELAY
-        while jax.process_index() > 0 and not _holds(workdir / TOKEN, token):
-            if time.monotonic() > end:
-                raise UsageError(f"--workdir={workdir} is not the folder that process 0 writes to; it must be shared.")
-            time.sleep(0.5)
+    def find() -> None:
+        if jax.process_index() > 0 and not wait_until(lambda: path.is_file() and path.read_text() == token):
+            raise UsageError(f"--workdir={workdir} is not the folder that process 0 writes to; it must be shared.")
 
-    lock = distributed.together(take)
-    try:
-        distributed.together(look)
+    with contextlib.ExitStack() as closing:
+        processes.agree(lock)
+        processes.agree(find)
         yield
-    finally:
-        if lock is not None:
-            lock.close()
-
-
-def _holds(path: pathlib.Path, text: str) -> bool:
-    return path.is_file() and path.read_text() == text
 
 
 class Checkpoints:
@@ -120,13 +87,15 @@ class Checkpoints:
         Raises:
           TimeoutError: they do not.
         """
-        first = distributed.from_first(str(self.latest()))
-        end = time.monotonic() + SHARED_FOLDER_DELAY
-        while str(self.latest()) != first:
-            if time.monotonic() > end:
-                raise TimeoutError(f"{self.folder}: process 0 sees checkpoint {first}, this one {self.latest()}")
-            time.sleep(0.5)
-            self.manager.reload()
+        first = processes.broadcast(str(self.latest()))
+
+        def sees_it() -> bool:
+            if str(self.latest()) != first:
+                self.manager.reload()
+            return str(self.latest()) == first
+
+        if not wait_until(sees_it):
+            raise TimeoutError(f"{self.folder}: process 0 sees checkpoint {first}, this one {self.latest()}")
         return self.latest()
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
@@ -152,8 +121,11 @@ class Checkpoints:
         return self.manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore())).data["batches"]
 
     def restore(self, step: int, abstract: Any) -> Any:
-        """The state, onto the devices and shardings that `abstract` (ShapeDtypeStructs) names."""
-        return self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
+        """The TrainState, onto the devices and shardings that `abstract` (ShapeDtypeStructs) names."""
+        chained = _is_chained(self.meta(step))
+        stored = abstract.replace(opt_state=(optax.EmptyState(), abstract.opt_state)) if chained else abstract
+        state = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(stored))).state
+        return state.replace(opt_state=state.opt_state[1]) if chained else state
 
     def wait(self) -> None:
         """Returns when everything saved is on disk."""
@@ -167,10 +139,19 @@ class Checkpoints:
 
 def restore_part(folder: pathlib.Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     """Reads only the parts of a state that `abstract` names (for instance {"ema": …}), and nothing else from disk."""
+    chained = "opt_state" in abstract and _is_chained(read_meta(folder, step))
+    if chained:
+        abstract = abstract | {"opt_state": (optax.EmptyState(), abstract["opt_state"])}
     restore_args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape), abstract)
     args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
     with ocp.PyTreeCheckpointer() as reader:
-        return reader.restore(folder / str(step) / "state", args=args)
+        part = reader.restore(folder / str(step) / "state", args=args)
+    return part | {"opt_state": part["opt_state"][1]} if chained else part
+
+
+def _is_chained(meta: dict[str, Any]) -> bool:
+    """Whether the optimiser's state is (nothing, AdamW's), as clipping made it while configurations had no version."""
+    return "config_version" not in meta and restore_config(meta).optimizer.clip_norm > 0
 
 
 def find_checkpoint(path: str) -> tuple[pathlib.Path, int]:
@@ -196,47 +177,24 @@ def read_meta(folder: pathlib.Path, step: int) -> dict[str, Any]:
         return reader.restore(folder / str(step) / "meta")
 
 
+def read_config(folder: pathlib.Path, step: int) -> ConfigDict:
+    """The whole configuration of the run that wrote a checkpoint, whichever version it was.
+
+    Raises:
+      UsageError: see `restore_config`.
+    """
+    return restore_config(read_meta(folder, step), folder / str(step))
+
+
 def make_meta(config: ConfigDict, fingerprint: str, parameters: int, version: str, teacher: str = "") -> dict[str, Any]:
     """What is stored beside a state; `teacher` is the digest of the one that representations are aligned to."""
     return {
-        "config": json.loads(config.to_json_best_effort()),
+        **save_config(config),
         "fingerprint": fingerprint,
         "parameters": parameters,
         "version": version,
         "teacher": teacher,
     }
-
-
-def check_resumable(saved: dict[str, Any], now: dict[str, Any], where: pathlib.Path) -> None:
-    """Raises UsageError, listing the fields, if a run described by `now` must not continue the one of `saved`."""
-    if saved.get("weights_only"):
-        raise UsageError(
-            f"{where} holds converted weights without an optimiser's state; start another workdir with "
-            f"--config.train.init_from={where}, or convert with --train-state."
-        )
-    today = flatten(now["config"])
-    # A field that is younger than the checkpoint had, in effect, its default.
-    defaults = flatten(json.loads(default_config().to_json_best_effort()))
-    then = defaults | flatten(saved["config"])
-    schedule = ("train.steps",) if today["optimizer.decay_steps"] else ()  # the learning rate's fall depends on it
-    changed = [
-        f"{field}: {then[field]} there, {today[field]} here"
-        for field in sorted(today)
-        if then[field] != today[field] and (field in schedule or not field.startswith(FREE_FIELDS))
-    ]
-    if "decisive" in saved:  # converted: what it was trained on, and how, was not in the file
-        changed = [change for change in changed if change.partition(":")[0] in saved["decisive"]]
-        if any(change.startswith("loss.alignment") for change in changed):
-            changed.append("to train without alignment, convert again with --without-projector")
-    elif not changed and saved["fingerprint"] != now["fingerprint"]:
-        changed = [f"data fingerprint: {saved['fingerprint']} there, {now['fingerprint']} here (the records changed)"]
-    if not changed and saved.get("teacher") and saved["teacher"] != now["teacher"]:
-        changed = [f"teacher: weights {saved['teacher']} there, {now['teacher']} here (hashes)"]
-    if changed:
-        raise UsageError(
-            f"{where} was trained with another configuration: {'; '.join(changed)}. Restore these values, or start a "
-            "new workdir (with --config.train.init_from to begin from these weights)."
-        )
 
 
 def _step_folders(folder: pathlib.Path) -> list[pathlib.Path]:

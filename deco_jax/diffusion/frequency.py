@@ -1,4 +1,4 @@
-"""The frequency-aware loss: velocity errors weighted as JPEG weights what the eye sees (paper, section 3.3; SPEC 5).
+"""The frequency-aware loss: velocity errors weighted as JPEG weights them (paper, section 3.3; docs/model.md, 5).
 
 An error is turned into YCbCr, cut into 8×8 blocks, transformed by the orthonormal DCT-II, squared and weighted by the
 inverse of JPEG's quantisation tables. All of it is linear before the square, so one transform of v̂ − v suffices.

@@ -1,8 +1,10 @@
-"""What training minimises: flow matching, the frequency-aware loss and representation alignment (SPEC section 5)."""
+"""What training minimises: flow matching, the frequency-aware loss and representation alignment (docs/model.md, 5)."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
+import chex
 import jax.numpy as jnp
 from jax import Array
 
@@ -27,20 +29,18 @@ class Objective:
         network: Callable[..., Array | tuple[Array, Array]],
         project: Callable[[Array], Array],
         images_BxHxWx3: Array,
-        labels_B: Array,
-        null_label: int,
+        condition: Any,
         draws: Draws,
         features_BxNxF: Array | None,
     ) -> tuple[Array, dict[str, Array]]:
         """The loss of one batch.
 
         Args:
-          network: (x_t, t, labels, hidden_layer=…) → v̂, or (v̂, tokens) when hidden_layer is not None.
+          network: (x_t, t, condition, hidden_layer=…) → v̂, or (v̂, tokens) when hidden_layer is not None.
           project: tokens (B, N, D) → (B, N, F); called only if alignment_weight is not 0.
           images_BxHxWx3: fp32 in [-1, 1].
-          labels_B: integers.
-          null_label: replaces the labels of the examples that `draws.drop_B` marks.
-          draws: times, noise and label drops.
+          condition: of each example, a tree of arrays (B, …), those that are dropped already replaced.
+          draws: times and noise.
           features_BxNxF: the frozen teacher's, one a token; None if alignment_weight is 0.
 
         Returns:
@@ -50,11 +50,11 @@ class Objective:
         x_t, v = interpolate(images_BxHxWx3, draws.noise_BxHxWx3, draws.t_B)
         if self.prediction == "image":
             v = velocity_to(images_BxHxWx3, x_t, draws.t_B)
-        labels_B = jnp.where(draws.drop_B, null_label, labels_B)
         if self.alignment_weight:
-            v_hat, tokens = network(x_t, draws.t_B, labels_B, hidden_layer=self.alignment_layer)
+            v_hat, tokens = network(x_t, draws.t_B, condition, hidden_layer=self.alignment_layer)
         else:
-            v_hat = network(x_t, draws.t_B, labels_B)
+            v_hat = network(x_t, draws.t_B, condition)
+        chex.assert_equal_shape([v_hat, v])
         error = v_hat.astype(jnp.float32) - v
 
         total = flow = jnp.mean(error**2)
@@ -71,6 +71,7 @@ class Objective:
 
 def alignment_loss(projected_BxNxF: Array, features_BxNxF: Array) -> Array:
     """Mean over tokens of 1 − cosine(projected, features), fp32."""
+    chex.assert_equal_shape([projected_BxNxF, features_BxNxF])
     a, b = projected_BxNxF.astype(jnp.float32), features_BxNxF.astype(jnp.float32)
     dot = jnp.sum(a * b, axis=-1)
     norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)

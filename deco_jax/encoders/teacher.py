@@ -1,38 +1,24 @@
 """The teacher of a run: where its weights are, whether they suit the run, and what it sees in a batch."""
 
-import dataclasses
-import hashlib
 import pathlib
 import re
 import shutil
-import tempfile
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from deco_jax.encoders.dinov2.model import SIZES, DINOv2
+from deco_jax.encoders.dinov2.model import SIZES, DINOv2, forward_flops
 from deco_jax.encoders.dinov2.weights import WHERE, read_dinov2
+from deco_jax.encoders.frozen import Frozen, FrozenWeights
 from deco_jax.errors import UsageError
-from deco_jax.parallel import mesh as meshes
+from deco_jax.storage import write_beside
 
 IMAGE_PATCH = 16  # pixels of the image along a side that one feature stands for
 
 
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A frozen network that representation alignment looks up to."""
-
-    module: DINOv2
-    params: Any  # numpy, on this host; kernels in the module's dtype, the rest fp32
-    digest: str  # of its weights, whatever file they lie in
-
-
-def load_teacher(config: ConfigDict) -> Teacher:
+def load_teacher(config: ConfigDict) -> FrozenWeights:
     """The teacher that a run's configuration names; its weights are downloaded if they must be.
 
     Raises:
@@ -45,11 +31,10 @@ def load_teacher(config: ConfigDict) -> Teacher:
             f"teacher.weights={config.teacher.weights} has features of {module.width} channels, and "
             f"loss.alignment_features={config.loss.alignment_features}; they must be equal."
         )
-    module = _for_run(module, config)
-    return Teacher(module, _cast(params, module.dtype), _digest(params))
+    return FrozenWeights.of(teacher_of(module, config), params)
 
 
-def default_teacher(config: ConfigDict) -> DINOv2:
+def default_teacher(config: ConfigDict) -> Frozen:
     """The published network with the run's `loss.alignment_features`, for planning without its weights.
 
     Raises:
@@ -60,15 +45,27 @@ def default_teacher(config: ConfigDict) -> DINOv2:
     if sizes is None:
         widths = ", ".join(f"{sizes['width']} ({name})" for name, sizes in SIZES.items())
         raise UsageError(f"loss.alignment_features={features} is no width of a published DINOv2; those are: {widths}.")
-    return _for_run(DINOv2(**sizes), config)
+    return teacher_of(DINOv2(**sizes), config)
 
 
-def _for_run(module: DINOv2, config: ConfigDict) -> DINOv2:
-    """The network as the run's `model` part says: dtype, attention, scan."""
+def teacher_of(module: DINOv2, config: ConfigDict) -> Frozen:
+    """DINOv2 as the run's `model` part says (dtype, attention, scan): images in [-1, 1] → features (B, N, F), fp32."""
     attention = None if config.model.attention == "default" else config.model.attention
-    return module.clone(
-        dtype=jnp.dtype(config.model.dtype), attention=attention, scan=config.model.scan, image_patch=IMAGE_PATCH
+    module = module.clone(dtype=jnp.dtype(config.model.dtype), attention=attention, scan=config.model.scan)
+    return Frozen(
+        name="teacher",
+        module=module,
+        reads="image",
+        writes="features",
+        example=jax.ShapeDtypeStruct((1, module.image_patch, module.image_patch, 3), np.float32),
+        prepare=_from_unit_range,
+        forward_flops=lambda height, width: forward_flops(module, height, width),
     )
+
+
+def _from_unit_range(image_BxHxWx3: jax.Array) -> jax.Array:
+    """[-1, 1] → [0, 1]."""
+    return (image_BxHxWx3 + 1) / 2
 
 
 def check_grids(config: ConfigDict) -> None:
@@ -86,32 +83,6 @@ def check_grids(config: ConfigDict) -> None:
             f"{size // IMAGE_PATCH}×{size // IMAGE_PATCH} features of data.image_size={size}; alignment needs "
             f"model.patch_size={IMAGE_PATCH}. loss.alignment_weight=0 trains without."
         )
-
-
-def teacher_features(module: DINOv2, params: Any, image_BxHxWx3: Array) -> Array:
-    """What the teacher sees in images in [-1, 1]: (B, N, F), fp32, one feature a token, without gradient."""
-    return jax.lax.stop_gradient(module.apply({"params": params}, (image_BxHxWx3 + 1) / 2))
-
-
-def abstract_params(module: DINOv2, mesh: Mesh) -> Any:
-    """Shapes, dtypes and shardings of the teacher's parameters on `mesh`."""
-    image = jax.ShapeDtypeStruct((1, module.image_patch, module.image_patch, 3), np.float32)
-    boxed = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
-
-    def leaf(path: tuple[Any, ...], box: Any) -> jax.ShapeDtypeStruct:
-        dtype, sharding = _dtype(path, module.dtype), meshes.state_shardings(box, mesh)
-        return jax.ShapeDtypeStruct(box.value.shape, dtype, sharding=sharding)
-
-    return jax.tree_util.tree_map_with_path(leaf, boxed, is_leaf=meshes.is_boxed)
-
-
-def place(teacher: Teacher, mesh: Mesh) -> Any:
-    """Its parameters as global arrays, every process giving the parts that its devices hold."""
-    return jax.tree.map(
-        lambda value, like: jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index]),
-        teacher.params,
-        abstract_params(teacher.module, mesh),
-    )
 
 
 def find_weights(weights: str, cache: str) -> pathlib.Path:
@@ -139,32 +110,8 @@ def _download(name: str, target: pathlib.Path) -> None:
     """A model's config.json and weights from Hugging Face to `target`, which appears when all is there."""
     from huggingface_hub import snapshot_download
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        draft = pathlib.Path(folder) / "model"
+    with write_beside(target, first_wins=True) as draft:
         snapshot_download(name, local_dir=draft, allow_patterns=["config.json", "model.safetensors"])
         shutil.rmtree(draft / ".cache", ignore_errors=True)
         if not (draft / "model.safetensors").exists():
             raise FileNotFoundError(f"{name} has no model.safetensors")
-        try:
-            draft.rename(target)
-        except OSError:
-            if not target.exists():  # else another process of this run was faster
-                raise
-
-
-def _dtype(path: tuple[Any, ...], dtype: jnp.dtype) -> jnp.dtype:
-    """Linear layers multiply in `dtype` whatever they are stored in, so they are stored in it."""
-    return dtype if jax.tree_util.keystr(path, simple=True, separator="/").endswith("/kernel") else jnp.dtype("float32")
-
-
-def _cast(params: Any, dtype: jnp.dtype) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, x: np.asarray(x, _dtype(path, dtype)), params)
-
-
-def _digest(params: Any) -> str:
-    digest = hashlib.sha256()
-    for path, value in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(f"{jax.tree_util.keystr(path)} {value.shape}".encode())
-        digest.update(np.ascontiguousarray(value).view(np.uint8))
-    return digest.hexdigest()[:16]

@@ -2,7 +2,7 @@
 
     python -m deco_jax.evaluation.digits WORKDIR
 
-Draws 500 guided samples, 50 a class, and asks a classifier fitted on the real digits. Writes WORKDIR/samples.png
+Draws 500 guided samples, 50 per class, and asks a classifier fitted on the real digits. Writes WORKDIR/samples.png
 (rows = classes) and WORKDIR/digits.json. What has been measured for a checkpoint is not measured again.
 """
 
@@ -11,20 +11,20 @@ import pathlib
 import sys
 
 import numpy as np
-from ml_collections import ConfigDict
 from scipy.ndimage import affine_transform
 from scipy.spatial.distance import cdist
 
-from deco_jax.checkpoints import store as checkpoint
+from deco_jax.checkpoints import store
 from deco_jax.config import default_config
 from deco_jax.data.sources import Digits
 from deco_jax.evaluation.generate import generate
 from deco_jax.pretrained.load import load_pretrained
 from deco_jax.sampling.pictures import make_grid, save_png
-from deco_jax.sampling.solvers import SETTINGS
+from deco_jax.sampling.settings import Sampling
+from deco_jax.storage import write_json
 
 SAMPLES = 500
-SHOWN_A_CLASS = 12
+SHOWN_PER_CLASS = 12
 EXPECTED = 0.95  # of the samples; docs/numbers.md has what was measured
 
 
@@ -73,13 +73,13 @@ def measure(workdir: str) -> dict[str, float]:
       {"asked_class": …, "classifier_held_out": …}, shares of 1; the latter on 1,000 digits the classifier was
       not fitted on.
     """
-    config = ConfigDict(checkpoint.read_meta(*checkpoint.find_checkpoint(workdir))["config"])
+    config = store.read_config(*store.find_checkpoint(workdir))
     model, params = load_pretrained(workdir)
     labels = np.arange(SAMPLES) % 10
-    settings = {name: config.sample[name] for name in SETTINGS}
-    images = np.stack(list(generate(model, params, labels, 0, config.data.image_size, 100, **settings)))
-    by_class = np.argsort(labels, kind="stable").reshape(10, -1)[:, :SHOWN_A_CLASS].ravel()
-    grid = make_grid(images[by_class], SHOWN_A_CLASS).repeat(2, axis=0).repeat(2, axis=1)
+    settings = Sampling.from_config(config.sample)
+    images = np.stack(list(generate(model, params, labels, 0, config.data.image_size, 100, settings)))
+    by_class = np.argsort(labels, kind="stable").reshape(10, -1)[:, :SHOWN_PER_CLASS].ravel()
+    grid = make_grid(images[by_class], SHOWN_PER_CLASS).repeat(2, axis=0).repeat(2, axis=1)
     save_png(grid, pathlib.Path(workdir) / "samples.png")
 
     data = default_config().data
@@ -98,16 +98,14 @@ def measure(workdir: str) -> dict[str, float]:
 def main(workdir: str) -> None:
     """Measures, or repeats what was measured before for the same checkpoint, and says where everything is."""
     file = pathlib.Path(workdir) / "digits.json"
-    folder, step = checkpoint.find_checkpoint(workdir)
-    steps = checkpoint.read_meta(folder, step)["config"]["train"]["steps"]
+    folder, step = store.find_checkpoint(workdir)
+    steps = store.read_config(folder, step).train.steps
     if step < steps:
         sys.exit(f"Training stopped at step {step} of {steps}; run the same command again to go on.")
     known = json.loads(file.read_text()) if file.exists() else {}
     if known.get("step") != step or not (pathlib.Path(workdir) / "samples.png").exists():
         known = {"step": step, **measure(workdir)}
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(known))
-        temporary.replace(file)
+        write_json(file, known)
     print(f"Of {SAMPLES} guided samples, {known['asked_class']:.1%} are recognised as the class asked for.")
     print(f"The classifier itself recognises {known['classifier_held_out']:.1%} of the real digits it has not seen.")
     if known["asked_class"] < EXPECTED:

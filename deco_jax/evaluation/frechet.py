@@ -1,48 +1,73 @@
 """How far apart are two sets of images, seen as Gaussians of a network's features? (FID: Heusel et al., 1706.08500)"""
 
+import flax
 import numpy as np
+from clu import metrics
 
 from deco_jax.errors import UsageError
 
 
-class Moments:
-    """Mean and covariance of feature vectors that arrive in batches; float64, nothing of the vectors is kept."""
+@flax.struct.dataclass
+class Moments(metrics.Metric):
+    """Mean and covariance of feature vectors, a metric of clu: batches are merged, and no vectors are kept.
 
-    def __init__(self, features: int):
-        self.count = 0
-        self.mean_D = np.zeros(features)
-        self._scatter_DxD = np.zeros((features, features))  # Σ (x − mean)(x − mean)ᵀ
+    float64 and NumPy, so on the host, not within jit: merging batches loses no more digits than rounding does.
+    """
 
-    def add(self, features_KxD: np.ndarray) -> None:
-        """Takes in K vectors.
+    count: int
+    mean_D: np.ndarray
+    scatter_DxD: np.ndarray  # Σ (x − mean)(x − mean)ᵀ
+
+    @classmethod
+    def empty(cls) -> "Moments":
+        """Of no vectors, whatever their length."""
+        return cls(0, np.zeros(0), np.zeros((0, 0)))
+
+    @classmethod
+    def from_model_output(cls, features_KxD: np.ndarray, mask: np.ndarray | None = None, **_: object) -> "Moments":
+        """Of a batch of K vectors; those that `mask` (K,) excludes, such as what fills up the last batch, do not count.
 
         Raises:
-          UsageError: they have another length, or numbers that are not finite.
+          UsageError: they are no vectors, or have numbers that are not finite.
         """
         x_KxD = np.asarray(features_KxD, np.float64)
-        if x_KxD.ndim != 2 or x_KxD.shape[1] != len(self.mean_D):
-            raise UsageError(f"features have shape {x_KxD.shape}; expected (K, {len(self.mean_D)}).")
+        if x_KxD.ndim != 2:
+            raise UsageError(f"features have shape {x_KxD.shape}; expected (K, D).")
+        if mask is not None:
+            x_KxD = x_KxD[np.asarray(mask, bool)]
         if not np.isfinite(x_KxD).all():
             raise UsageError("features are not finite; the images or the network that made them are broken.")
         if not len(x_KxD):
-            return
-        mean_D, total = x_KxD.mean(axis=0), self.count + len(x_KxD)
-        x_KxD, step_D = x_KxD - mean_D, mean_D - self.mean_D
-        # Deviations from each part's own mean, and of the two means: no difference of large squares.
-        self._scatter_DxD += x_KxD.T @ x_KxD + np.outer(step_D, step_D) * (self.count * (total - self.count) / total)
-        self.mean_D += step_D * ((total - self.count) / total)
-        self.count = total
+            return cls.empty()
+        mean_D = x_KxD.mean(axis=0)
+        x_KxD = x_KxD - mean_D
+        return cls(len(x_KxD), mean_D, x_KxD.T @ x_KxD)
 
-    @property
-    def covariance_DxD(self) -> np.ndarray:
-        """The unbiased covariance.
+    def merge(self, other: "Moments") -> "Moments":
+        """Of the vectors of both.
+
+        Raises:
+          UsageError: theirs have another length.
+        """
+        if not self.count or not other.count:
+            return self if self.count else other
+        if len(self.mean_D) != len(other.mean_D):
+            raise UsageError(f"features of {len(self.mean_D)} and of {len(other.mean_D)} numbers do not go together.")
+        total, step_D = self.count + other.count, other.mean_D - self.mean_D
+        # Deviations from each part's own mean, and of the two means: no difference of large squares.
+        between_DxD = np.outer(step_D, step_D) * (self.count * other.count / total)
+        mean_D = self.mean_D + step_D * (other.count / total)
+        return type(self)(total, mean_D, self.scatter_DxD + other.scatter_DxD + between_DxD)
+
+    def compute(self) -> tuple[np.ndarray, np.ndarray]:
+        """(mean (D,), unbiased covariance (D, D)), as `frechet_distance` takes them.
 
         Raises:
           UsageError: there are fewer than two vectors.
         """
         if self.count < 2:
             raise UsageError(f"a covariance needs at least 2 images; there are {self.count}.")
-        return self._scatter_DxD / (self.count - 1)
+        return self.mean_D, self.scatter_DxD / (self.count - 1)
 
 
 def frechet_distance(

@@ -1,25 +1,22 @@
-"""Many images from a network: in batches, over all devices, reproducible one by one."""
+"""How are many images drawn from a network: in batches, over all devices, reproducible one by one?"""
 
 import pathlib
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from deco_jax.checkpoints import store as checkpoint
-from deco_jax.config import default_config
+from deco_jax.checkpoints import store
 from deco_jax.diffusion.flow import to_uint8
 from deco_jax.errors import UsageError
 from deco_jax.parallel import mesh as meshes
 from deco_jax.pretrained.load import load_pretrained
 from deco_jax.sampling.pictures import make_grid, save_png
-from deco_jax.sampling.sample import image_noise, label_numbers, sample
-from deco_jax.sampling.solvers import SETTINGS, check_sampling
+from deco_jax.sampling.sample import image_noise, sample
+from deco_jax.sampling.settings import Sampling
 
 GRID_IMAGES = 256  # a grid shows the first ones only
 
@@ -31,29 +28,30 @@ def generate(
     seed: int,
     image_size: int,
     batch_size: int,
-    **settings: Any,
+    settings: Sampling,
 ) -> Iterator[np.ndarray]:
-    """Yields one image a label, (H, W, 3) uint8, in order.
+    """Yields one image per label, (H, W, 3) uint8, in order.
 
     Image i starts from noise that depends on `seed` and i alone. Every batch has the same shape (the last one is
     filled up), and batches are split over all local devices.
 
     Args:
       model, params: see `load_pretrained`.
-      labels: one an image; see `deco_jax.sample`.
+      labels: one per image; see `deco_jax.sample`.
       seed: of the noise.
       image_size: side in pixels.
       batch_size: images at a time, rounded up to a multiple of the devices.
-      **settings: of `deco_jax.sample`: steps, guidance, guidance_interval, shift, solver.
+      settings: of the sampler.
     """
-    mesh = meshes.make_mesh(default_config().mesh, jax.local_devices())
+    mesh = meshes.local_layout().mesh
     params = jax.device_put(params, meshes.replicated(mesh))
-    batch_size = -(-min(batch_size, len(labels)) // mesh.size) * mesh.size
+    batch_size = meshes.round_up(min(batch_size, len(labels)), mesh)
     key = jax.random.key(seed)
     for start in range(0, len(labels), batch_size):
         indices = np.arange(start, start + batch_size)
         noise = image_noise(key, jax.device_put(indices, meshes.batch_sharding(mesh)), (image_size, image_size, 3))
-        images = sample(model, params, [labels[i % len(labels)] for i in indices], noise=noise, **settings)
+        shown = [labels[i % len(labels)] for i in indices]
+        images = sample(model, params, shown, noise=noise, settings=settings)
         yield from np.asarray(to_uint8(images))[: len(labels) - start]
 
 
@@ -68,7 +66,7 @@ def generate_to_folder(
     batch_size: int,
     image_size: int | None,
     overwrite: bool,
-    **settings: Any,
+    **changes: Any,
 ) -> None:
     """Draws `num` images into `out`: 00000.png, …, and grid.png with a row for each label.
 
@@ -80,7 +78,7 @@ def generate_to_folder(
       weights: "ema" or "online".
       image_size: side in pixels; None = as trained.
       overwrite: replace what is there.
-      **settings: replace those of the run's configuration.
+      **changes: fields of `Sampling`; None = as the run's configuration says.
 
     Raises:
       UsageError: an argument is out of range, or `out` holds pictures.
@@ -94,15 +92,14 @@ def generate_to_folder(
         raise UsageError(f"--out={out} is a file.")
     if not overwrite and any(folder.glob("*.png")):
         raise UsageError(f"--out={out} already holds pictures; choose another folder or pass --overwrite.")
-    config = ConfigDict(checkpoint.read_meta(*checkpoint.find_checkpoint(source))["config"])
+    config = store.read_config(*store.find_checkpoint(source))
+    settings = Sampling.from_config(config.sample, **changes)
     model, params = load_pretrained(source, weights)
     size, p = config.data.image_size if image_size is None else image_size, model.patch_size
     if size < 1 or size % p:
         raise UsageError(f"--image-size={size} must be a positive multiple of the network's patch size, {p}.")
-    chosen = parse_labels(labels, model)
-    settings = {name: config.sample[name] for name in SETTINGS} | settings
-    check_sampling(**settings)
-    images = generate(model, params, [chosen[i % len(chosen)] for i in range(num)], seed, size, batch_size, **settings)
+    chosen = model.condition.parse(labels)
+    images = generate(model, params, [chosen[i % len(chosen)] for i in range(num)], seed, size, batch_size, settings)
     shown = []
     for i, image in enumerate(tqdm(images, total=num, unit="image", disable=None)):
         save_png(image, folder / f"{i:05d}.png")
@@ -120,21 +117,3 @@ def _grid_by_label(images: np.ndarray, labels: int) -> np.ndarray:
     missing = np.full((labels * columns - len(images), *images.shape[1:]), 255, np.uint8)
     rounds = np.concatenate([images, missing]).reshape(columns, labels, *images.shape[1:])
     return make_grid(rounds.swapaxes(0, 1).reshape(-1, *images.shape[1:]), columns)
-
-
-def parse_labels(text: str, model: nn.Module) -> list[int | str]:
-    """ "0,5-7,null" → [0, 5, 6, 7, "null"]; "all" → every class.
-
-    Raises:
-      UsageError: the text is not understood, or names a class that does not exist.
-    """
-    if text == "all":
-        return list(range(model.num_classes))
-    labels: list[int | str] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?|null", part.strip())
-        if match is None or (match[2] and int(match[2]) < int(match[1])):
-            raise UsageError(f"--labels={text} is not understood; write for instance 0,1,5-9 or null or all.")
-        labels += ["null"] if match[1] is None else range(int(match[1]), int(match[2] or match[1]) + 1)
-    label_numbers(labels, model)
-    return labels

@@ -1,4 +1,4 @@
-"""Where does the transformer's energy lie over spatial frequencies, and where the velocity's? (paper, Figure 4; SPEC 8)
+"""At which frequencies lies the energy of the transformer, and of the velocity? (paper, Figure 4; docs/model.md, 8)
 
 A network draws images by Euler steps. At every step the tokens after its last block, laid out as an image of D
 channels, and the velocity it predicts are cut into 8×8 blocks and transformed by the DCT; the squares are added up.
@@ -16,12 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax import Array, lax
-from ml_collections import ConfigDict
+from jax import Array
 from tqdm import tqdm
 
-from deco_jax.checkpoints import store as checkpoint
-from deco_jax.config import default_config
+from deco_jax.checkpoints import store
 from deco_jax.diffusion.frequency import BLOCK, block_dct
 from deco_jax.errors import UsageError
 from deco_jax.evaluation.spectra_report import FILES, Spectra, ZIGZAG_64x2, require_matplotlib, write_spectra
@@ -29,7 +27,8 @@ from deco_jax.parallel import mesh as meshes
 from deco_jax.pretrained.load import load_pretrained
 from deco_jax.pretrained.networks import is_weight_file, model_config, open_networks
 from deco_jax.sampling.sample import image_noise
-from deco_jax.sampling.solvers import check_sampling, time_grid
+from deco_jax.sampling.settings import Sampling
+from deco_jax.sampling.solvers import SOLVERS, integrate
 
 MIN_SIDE = BLOCK // 2 + 1  # a shorter side cannot be reflected into a block of 8
 
@@ -63,18 +62,18 @@ def measure_spectra(
     Raises:
       UsageError: an argument is out of range, the tokens are too few for a block, or the network diverges.
     """
-    _check_measurement(images, seed, batch_size, steps, shift)
+    settings = _check_measurement(images, seed, batch_size, steps, shift)
     _check_size(image_size, model.patch_size)
-    mesh = meshes.make_mesh(default_config().mesh, jax.local_devices())
+    mesh = meshes.local_layout().mesh
     params = jax.device_put(params, meshes.replicated(mesh))
-    batch_size = -(-min(batch_size, images) // mesh.size) * mesh.size
-    key, run = jax.random.key(seed), _compiled(model, steps, float(shift))
+    batch_size = meshes.round_up(min(batch_size, images), mesh)
+    key, run = jax.random.key(seed), _compiled(model, settings)
     energy_2x64 = np.zeros((2, len(ZIGZAG_64x2)))
     with tqdm(total=images, unit="image", disable=None) as bar:
         for start in range(0, images, batch_size):
             indices = jax.device_put(np.arange(start, start + batch_size, dtype=np.int32), meshes.batch_sharding(mesh))
             noise = image_noise(key, indices, (image_size, image_size, 3))
-            energies_2xBx64 = np.asarray(run(params, noise, indices % model.num_classes), np.float64)
+            energies_2xBx64 = np.asarray(run(params, noise, model.condition.cycle(indices)), np.float64)
             drawn = min(batch_size, images - start)  # the rest fills up the last batch
             energy_2x64 += energies_2xBx64[:, :drawn].sum(axis=1)
             bar.update(drawn)
@@ -86,26 +85,21 @@ def measure_spectra(
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(model: nn.Module, steps: int, shift: float) -> Callable[..., Array]:
-    """The jitted way from noise to images; (params, noise, labels) → energies of tokens and velocity, (2, B, 64)."""
-    times = time_grid(steps, shift)
-    t, dt = jnp.asarray(times[:-1], jnp.float32), jnp.asarray(np.diff(times), jnp.float32)
+def _compiled(model: nn.Module, settings: Sampling) -> Callable[..., Array]:
+    """The jitted way from noise to images; (params, noise, condition) → energies of tokens and velocity, (2, B, 64)."""
 
     @jax.jit
-    def run(params, noise_BxHxWx3, labels_B):
+    def run(params: Any, noise_BxHxWx3: Array, condition: Any) -> Array:
         b, h, w, _ = noise_BxHxWx3.shape
         grid = (h // model.patch_size, w // model.patch_size)
 
-        def step(carry, inputs):
-            x, transformer_Bx64, velocity_Bx64 = carry
-            t, dt = inputs
-            v, tokens_BxNxD = model.apply({"params": params}, x, jnp.full(b, t), labels_B, hidden_layer=model.depth)
-            transformer_Bx64 += zigzag_energy(tokens_BxNxD.reshape(b, *grid, -1))
-            return (x + dt * v, transformer_Bx64, velocity_Bx64 + zigzag_energy(v)), None
+        def slope(x: Array, t_B: Array, _: Array) -> tuple[Array, Array]:
+            v, tokens_BxNxD = model.apply({"params": params}, x, t_B, condition, hidden_layer=model.depth)
+            return v, jnp.stack([zigzag_energy(tokens_BxNxD.reshape(b, *grid, -1)), zigzag_energy(v)])
 
-        zeros_Bx64 = jnp.zeros((b, len(ZIGZAG_64x2)))
-        (_, *energies), _ = lax.scan(step, (noise_BxHxWx3, zeros_Bx64, zeros_Bx64), (t, dt))
-        return jnp.stack(energies)
+        solver = SOLVERS[settings.solver]
+        _, energies_Sx2xBx64 = integrate(solver, slope, noise_BxHxWx3, settings.times, settings.guided_steps)
+        return energies_Sx2xBx64.sum(axis=0)
 
     return run
 
@@ -117,9 +111,10 @@ def zigzag_energy(x_BxHxWxC: Array) -> Array:
 
 
 def spectra_to_folder(
-    sources: Sequence[str],
+    checkpoint: str,
     out: str,
     *,
+    against: Sequence[str],
     num: int,
     seed: int,
     steps: int | None,
@@ -129,11 +124,12 @@ def spectra_to_folder(
     weights: str,
     overwrite: bool,
 ) -> None:
-    """Measures the networks in `sources`, writes spectra.json, .csv and .png into `out`, and prints a short reading.
+    """Measures networks, writes spectra.json, .csv and .png into `out`, and prints a short reading.
 
     Args:
-      sources: anything that `load_pretrained` opens; a network is named by the last parts of its path.
+      checkpoint: anything that `load_pretrained` opens; a network is named by the last parts of its path.
       out: a folder; must not hold such files yet unless `overwrite`.
+      against: more of them, to put beside the first.
       num, seed, batch_size: see `measure_spectra`.
       steps, shift, image_size: None = as the run's configuration says; 50, 1 and 256 for a file that has none.
       weights: "ema" or "online".
@@ -149,6 +145,7 @@ def spectra_to_folder(
         raise UsageError(f"--out={out} is a file.")
     if not overwrite and any((folder / name).exists() for name in FILES):
         raise UsageError(f"--out={out} already holds spectra; choose another folder or pass --overwrite.")
+    sources = [checkpoint, *against]
     names = _names(sources)
     settings = [_settings(source, weights, steps, shift, image_size) for source in sources]
     for chosen in settings:
@@ -177,7 +174,7 @@ def _settings(
         stored.weights(weights)
         patch_size, known = model_config(stored).patch_size, (50, 1.0, 256)
     else:
-        config = ConfigDict(checkpoint.read_meta(*checkpoint.find_checkpoint(source))["config"])
+        config = store.read_config(*store.find_checkpoint(source))
         patch_size, known = config.model.patch_size, (config.sample.steps, config.sample.shift, config.data.image_size)
     steps, shift, image_size = (
         default if asked is None else asked for asked, default in zip((steps, shift, image_size), known, strict=True)
@@ -196,13 +193,14 @@ def _names(sources: Sequence[str]) -> list[str]:
     return ["/".join(p[-depth:]) for p in parts]
 
 
-def _check_measurement(images: int, seed: int, batch_size: int, steps: int, shift: float) -> None:
+def _check_measurement(images: int, seed: int, batch_size: int, steps: int, shift: float) -> Sampling:
+    """The sampler's settings, if everything is in range."""
     for name, value in (("num", images), ("batch-size", batch_size)):
         if value < 1:
             raise UsageError(f"--{name}={value} must be at least 1.")
     if not 0 <= seed < 2**32:
         raise UsageError(f"--seed={seed} must be from 0 to 2³² − 1.")
-    check_sampling(steps, 1.0, (0.0, 1.0), shift, "euler")
+    return Sampling(steps, shift=shift)
 
 
 def _check_size(image_size: int, patch_size: int, where: str = "") -> None:

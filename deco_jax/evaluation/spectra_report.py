@@ -1,11 +1,10 @@
-"""Spectra on disk: a table as JSON and CSV, the paper's Figure 4 as PNG, and in a few words what they show."""
+"""How are spectra reported? As a table in JSON and CSV, the paper's Figure 4 as PNG, and a few words on the screen."""
 
 import csv
 import dataclasses
 import datetime
 import io
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from deco_jax.diffusion.frequency import BLOCK
 from deco_jax.errors import UsageError
+from deco_jax.storage import write_bytes
 from deco_jax.version import __version__
 
 FILES = ("spectra.json", "spectra.csv", "spectra.png")
@@ -93,11 +93,8 @@ def write_spectra(out: pathlib.Path, spectra: dict[str, Spectra]) -> str:
     """
     require_matplotlib()
     contents = (_to_json(spectra), _to_csv(spectra), _to_png(spectra))
-    out.mkdir(parents=True, exist_ok=True)
     for name, content in zip(FILES, contents, strict=True):
-        temporary = out / f".{name}.{os.getpid()}"
-        temporary.write_bytes(content)
-        temporary.replace(out / name)
+        write_bytes(out / name, content)
     return _reading(spectra)
 
 

@@ -41,7 +41,7 @@ class DeCoPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """Generates one image a label, or one a prompt.
+        """Generates one image per label, or one per prompt.
 
         Args:
           class_labels: of a class-conditional network.

@@ -167,7 +167,7 @@ class DeCo(nn.Module):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         shift: float = 1.0,
     ) -> Tensor:
-        """Generates one image a condition, by Euler steps with classifier-free guidance.
+        """Generates one image per condition, by Euler steps with classifier-free guidance.
 
         Args:
           y: labels (B,) or texts (B, T, C).

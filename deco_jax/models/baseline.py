@@ -5,30 +5,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from deco_jax.models.layers import Linear, from_patches, layer_norm, modulate
-from deco_jax.models.trunk import to_velocity, trunk
+from deco_jax.models.trunk import ClassConditional, to_velocity, trunk
 
 
-class BaselineDiT(nn.Module):
-    """Class-conditional DiT on pixels, with DeCo's blocks and no pixel decoder (SPEC section 3).
+class BaselineDiT(ClassConditional, kw_only=True):
+    """Class-conditional DiT on pixels, with DeCo's blocks and no pixel decoder (docs/model.md, 3).
 
     v̂ = Linear(LN(s)(1 + scale) + shift) with (shift, scale) a linear function of SiLU(τ + label).
     """
-
-    num_classes: int  # labels run from 0 to num_classes − 1; num_classes itself is the null label
-    patch_size: int  # p
-    width: int  # D, channels of a token
-    depth: int  # L, DiT blocks
-    heads: int  # h
-    prediction: str = "velocity"  # what the last layer puts out: velocity, or image, turned into one (SPEC section 3)
-    dtype: jnp.dtype = jnp.bfloat16  # of the matrix products; parameters and statistics are fp32
-    remat: str = "none"  # what the backward pass recomputes: none, dots or full
-    scan: bool = True  # one compiled block looped over, or all blocks unrolled
-    attention: str | None = None  # implementation of jax.nn.dot_product_attention
-
-    @property
-    def null_label(self) -> int:
-        """The label that means "no class"."""
-        return self.num_classes
 
     @nn.compact
     def __call__(

@@ -1,36 +1,20 @@
 """DeCo: a Diffusion Transformer for the semantics, a pixel decoder for the high frequencies (arXiv 2511.19365)."""
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jax import Array
 
 from deco_jax.models.layers import from_patches
 from deco_jax.models.pixel_decoder import PixelDecoder
-from deco_jax.models.trunk import to_velocity, trunk
+from deco_jax.models.trunk import ClassConditional, to_velocity, trunk
 
 
-class DeCo(nn.Module):
-    """Class-conditional DeCo (paper, section 3; SPEC section 2)."""
+class DeCo(ClassConditional, kw_only=True):
+    """Class-conditional DeCo (paper, section 3; docs/model.md, 2)."""
 
-    num_classes: int  # labels run from 0 to num_classes − 1; num_classes itself is the null label
-    patch_size: int  # p
-    width: int  # D, channels of a token
-    depth: int  # L, DiT blocks
-    heads: int  # h
     decoder_width: int  # d, channels of a pixel
     decoder_depth: int  # residual blocks of the pixel decoder
     decoder_patch: int = 1  # r: a query of the pixel decoder stands for r × r pixels
     decoder_interaction: str = "adaln"  # how the tokens reach the queries, adaln or add (see PixelDecoder)
-    prediction: str = "velocity"  # what the last layer puts out: velocity, or image, turned into one (SPEC section 3)
-    dtype: jnp.dtype = jnp.bfloat16  # of the matrix products; parameters and statistics are fp32
-    remat: str = "none"  # what the backward pass recomputes: none, dots or full
-    scan: bool = True  # one compiled block looped over, or all blocks unrolled
-    attention: str | None = None  # implementation of jax.nn.dot_product_attention
-
-    @property
-    def null_label(self) -> int:
-        """The label that means "no class"."""
-        return self.num_classes
 
     @nn.compact
     def __call__(

@@ -1,4 +1,4 @@
-"""The Diffusion Transformer at patch scale: attention, SwiGLU, AdaLN, and the scanned stack of blocks (SPEC 2.5)."""
+"""The Diffusion Transformer on patches: attention, SwiGLU, AdaLN, and the scanned blocks (docs/model.md, 2.5)."""
 
 import flax.linen as nn
 import jax
@@ -121,7 +121,7 @@ class Transformer(nn.Module):
             unroll=1 if self.scan else self.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(block, self.heads, self.dtype, self.attention, hidden_layer, name="layers")
-        # The second carry enters linearly and outside the remat: the backward pass needs no copy of it a layer.
+        # The second carry enters linearly and outside the remat: the backward pass needs no copy of it per layer.
         hidden = None if hidden_layer is None else jnp.zeros_like(s_BxNxD)
         (s_BxNxD, hidden), _ = layers((s_BxNxD, hidden), jnp.arange(1, self.depth + 1), c_BxD, angles_NxK)
         return s_BxNxD, hidden

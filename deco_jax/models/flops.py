@@ -6,7 +6,7 @@ from deco_jax.models.pixnerd import PixNerd
 
 
 def forward_flops(model: Network, height: int, width: int) -> float:
-    """Floating-point operations of one forward pass on one image, 2 a multiply-add, matrix products only.
+    """Floating-point operations of one forward pass on one image, 2 per multiply-add, matrix products only.
 
     A training step costs three times that (paper's Table 1 models at 256²: L 155e9, XL 245e9).
     """

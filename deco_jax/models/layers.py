@@ -24,7 +24,7 @@ def uniform(bound: float) -> Callable[..., Array]:
 
 
 class Linear(nn.Module):
-    """y = x·kernel + bias, with the initialisations of SPEC section 2.
+    """y = x·kernel + bias, with one of the initialisations of docs/model.md, section 2.
 
     `init` is one of
       torch   kernel and bias U(±1/√fan_in), PyTorch's default;
@@ -87,7 +87,7 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
 
 
 class TimeEmbedding(nn.Module):
-    """τ(t): 128 cosines and sines of t ∈ [0, 1] with periods up to 2π·10, then Linear–SiLU–Linear (SPEC 2.3)."""
+    """τ(t): 128 cosines and sines of t ∈ [0, 1] with periods up to 2π·10, then two linears (docs/model.md, 2.3)."""
 
     width: int
     dtype: jnp.dtype = jnp.bfloat16
@@ -103,7 +103,7 @@ class TimeEmbedding(nn.Module):
 
 
 class LabelEmbedding(nn.Module):
-    """A learned row a class, and a last row for "no class", the null condition."""
+    """A learned row per class, and a last row for "no class", the null condition."""
 
     num_classes: int
     width: int
@@ -118,7 +118,7 @@ class LabelEmbedding(nn.Module):
 
 
 def rotary_angles(rows: int, columns: int, head_dim: int) -> np.ndarray:
-    """Angles of the 2-D rotary embedding, (rows·columns, head_dim/2), fp32 (SPEC 2.6).
+    """Angles of the 2-D rotary embedding, (rows·columns, head_dim/2), fp32 (docs/model.md, 2.6).
 
     Positions run over [0, 16] along each side whatever the resolution, so a network trained at one size
     runs at another. Even complex slots turn with x, odd ones with y.

@@ -14,7 +14,7 @@ INTERACTIONS = ("adaln", "add")  # of a patch's token with the queries of its pi
 
 
 def pixel_position_features(side: int) -> np.ndarray:
-    """64 smooth features of a query's place among the side × side of its patch, (side², 64), fp32 (SPEC 2.8).
+    """64 smooth features of a query's place among the side × side of its patch, (side², 64), fp32 (docs/model.md, 2.8).
 
     feature[8m+n] = cos(π a ω_m)·cos(π b ω_n) / (1 + ω_m ω_n), with a and b the query's x and y in [0, 1] and
     ω = 0, 8/7, … 8.
@@ -76,11 +76,11 @@ class ResidualBlock(nn.Module):
 class PixelDecoder(nn.Module):
     """Decodes every pixel of the output from its noised colour, its place and its patch's token.
 
-    A token is decoded into one condition vector a pixel; the query (colour and place) then passes `depth`
+    A token is decoded into one condition vector per pixel; the query (colour and place) then passes `depth`
     residual blocks modulated by it. Everything is linear in the number of pixels.
 
-    Two fields make the networks of the paper's Table 4 that are worse; it has no equations for them, so this is how
-    it is read here. With `group` = r a query, and a condition, stands for a square of r × r pixels: 3r² colours go in
+    Two fields make the other decoders of the paper's Table 4. It has no equations for them; they are read here as
+    follows. With `group` = r a query, and a condition, stands for a square of r × r pixels: 3r² colours go in
     and out. With `interaction` = "add" the condition is added to the query, once, and nothing is modulated.
     """
 

@@ -7,30 +7,15 @@ from jax import Array, lax
 from deco_jax.models.dit import REMAT_POLICIES
 from deco_jax.models.layers import Linear, from_patches, rms_norm
 from deco_jax.models.pixel_decoder import PixelQuery, pixel_position_features
-from deco_jax.models.trunk import to_velocity, trunk
+from deco_jax.models.trunk import ClassConditional, to_velocity, trunk
 
 
-class PixNerd(nn.Module):
-    """Class-conditional PixNerd (SPEC section 3): DeCo's transformer, another decoder."""
+class PixNerd(ClassConditional, kw_only=True):
+    """Class-conditional PixNerd (docs/model.md, 3): DeCo's transformer, another decoder."""
 
-    num_classes: int  # labels run from 0 to num_classes − 1; num_classes itself is the null label
-    patch_size: int  # p
-    width: int  # D, channels of a token
-    depth: int  # L, DiT blocks
-    heads: int  # h
     decoder_width: int  # d, channels of a pixel
     decoder_depth: int  # blocks of the decoder
     decoder_expansion: int = 2  # m: a generated MLP has m·d hidden channels
-    prediction: str = "velocity"  # what the last layer puts out: velocity, or image, turned into one (SPEC section 3)
-    dtype: jnp.dtype = jnp.bfloat16  # of the matrix products; parameters and statistics are fp32
-    remat: str = "none"  # what the backward pass recomputes: none, dots or full
-    scan: bool = True  # one compiled DiT block looped over, or all blocks unrolled
-    attention: str | None = None  # implementation of jax.nn.dot_product_attention
-
-    @property
-    def null_label(self) -> int:
-        """The label that means "no class"."""
-        return self.num_classes
 
     @nn.compact
     def __call__(

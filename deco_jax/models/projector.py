@@ -1,4 +1,4 @@
-"""The projector of representation alignment: from the transformer's tokens to the teacher's features (SPEC 5)."""
+"""The projector of representation alignment: from tokens to the teacher's features (docs/model.md, 5)."""
 
 import flax.linen as nn
 import jax.numpy as jnp

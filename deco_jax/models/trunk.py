@@ -1,30 +1,41 @@
-"""What the class-conditional networks share: from noised pixels to tokens (SPEC 2, 1 to 6); what they return."""
+"""What all networks here share: from noised pixels to tokens (docs/model.md, 2.1 to 2.6), and what they return."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from deco_jax.conditions import ClassLabels
 from deco_jax.diffusion.flow import velocity_to
 from deco_jax.errors import UsageError
 from deco_jax.models.dit import Transformer
 from deco_jax.models.layers import LabelEmbedding, Linear, TimeEmbedding, rotary_angles, to_patches
 
 
-class Sizes(Protocol):
-    """The fields of a network that are read here; `DeCo` says what they mean."""
+class ClassConditional(nn.Module, kw_only=True):
+    """The fields that every class-conditional network has."""
 
-    num_classes: int
-    patch_size: int
-    width: int
-    depth: int
-    heads: int
-    prediction: str
-    dtype: jnp.dtype
-    remat: str
-    scan: bool
-    attention: str | None
+    num_classes: int  # labels run from 0 to num_classes − 1; num_classes itself is the null label
+    patch_size: int  # p, pixels along a patch's side
+    width: int  # D, channels of a token
+    depth: int  # L, DiT blocks
+    heads: int  # h, of attention
+    prediction: str = "velocity"  # what the last layer puts out: velocity, or image, turned into one
+    dtype: jnp.dtype = jnp.bfloat16  # of the matrix products; parameters and statistics are fp32
+    remat: str = "none"  # what the backward pass recomputes: none, dots or full
+    scan: bool = True  # one compiled block looped over, or all blocks unrolled
+    attention: str | None = None  # implementation of jax.nn.dot_product_attention
+
+    @property
+    def condition(self) -> ClassLabels:
+        """What the network is told about the image."""
+        return ClassLabels(self.num_classes)
+
+    @property
+    def null_label(self) -> int:
+        """The label that means "no class"."""
+        return self.num_classes
 
 
 class Trunk(NamedTuple):
@@ -37,7 +48,7 @@ class Trunk(NamedTuple):
     hidden_BxNxD: Array | None  # tokens after the block that was asked for
 
 
-def trunk(network: Sizes, x_BxHxWx3: Array, t_B: Array, labels_B: Array, hidden_layer: int | None) -> Trunk:
+def trunk(network: ClassConditional, x_BxHxWx3: Array, t_B: Array, labels_B: Array, hidden_layer: int | None) -> Trunk:
     """Embeds patches, time and label, and runs the transformer. To be called in `network`'s own compact method.
 
     Raises:
@@ -65,10 +76,10 @@ def trunk(network: Sizes, x_BxHxWx3: Array, t_B: Array, labels_B: Array, hidden_
     return Trunk(s, pixels_BxNxPx3, tau_BxD, condition_BxD, hidden)
 
 
-def to_velocity(network: Sizes, out_BxHxWx3: Array, x_BxHxWx3: Array, t_B: Array) -> Array:
-    """The velocity that `network` returns: the output of its last layer, or the way to the image which that is.
+def to_velocity(network: ClassConditional, out_BxHxWx3: Array, x_BxHxWx3: Array, t_B: Array) -> Array:
+    """The velocity that `network` returns: its last layer's output, converted if that is an image.
 
-    As this belongs to the network, no solver, guidance or loss can take the one for the other.
+    As the network itself converts, no solver, guidance or loss can mistake one for the other.
     """
     if network.prediction == "image":
         out_BxHxWx3 = velocity_to(out_BxHxWx3, x_BxHxWx3, t_B)

@@ -1,6 +1,7 @@
-"""The device mesh, and the one list of rules that maps logical axes of arrays to axes of the mesh."""
+"""How is a run laid out over devices? The mesh, its presets, and the rules that map logical axes of arrays to it."""
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import pathlib
@@ -17,12 +18,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from deco_jax.errors import UsageError
-from deco_jax.parallel import presets
 
 AXES = ("data", "fsdp", "tensor")
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 # Logical axis → mesh axes. A logical axis that does not stand here is not split.
-RULES = (
+RULES: Rules = (
     ("batch", ("data", "fsdp")),
     ("width", "fsdp"),
     ("heads", "tensor"),
@@ -30,6 +31,30 @@ RULES = (
     ("mlp", "tensor"),
 )
 SMALL = 2**16  # parameters with fewer elements are copied to every device: splitting them costs more than it saves
+
+# Sizes of the axes; −1 = the rest, of slices: as many as the devices lie in.
+PRESETS = {
+    # Every device holds the whole state (16 bytes per parameter: 7 GB for L, 11 GB for XL) and works on its share of
+    # the batch. The only communication is the sum of the gradients.
+    "data": {"slices": -1, "data": -1, "fsdp": 1, "tensor": 1},
+    # Every device holds a part of the state, and gathers a layer's parameters to use them. The choice for XL on chips
+    # with 16 to 40 GB. The number of devices must divide the network's width; with more, mesh.fsdp=64 and mesh.data=-1.
+    "fsdp": {"slices": 1, "data": 1, "fsdp": -1, "tensor": 1},
+    # FSDP, and attention heads and MLP channels split over neighbours. For more devices than images in the batch, and
+    # for latency when sampling. Every block adds up activations over the tensor axis, which must divide the heads.
+    "fsdp_tensor": {"slices": 1, "data": 1, "fsdp": -1, "tensor": 2},
+    # Several TPU slices, or GPU nodes: FSDP within one, where links are fast, and data parallelism between them. The
+    # slower network sees the sum of the gradients once per step, of which each device sends its own part.
+    "hybrid": {"slices": -1, "data": 1, "fsdp": -1, "tensor": 1},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Devices as a mesh, and the rules by which arrays are split over it."""
+
+    mesh: Mesh
+    rules: Rules = RULES
 
 
 def axis_sizes(config: ConfigDict) -> dict[str, int]:
@@ -39,7 +64,7 @@ def axis_sizes(config: ConfigDict) -> dict[str, int]:
       UsageError: no such preset, it names an unknown axis, or a size is not one.
     """
     names = ("slices", *AXES)
-    preset = _read_preset(config.preset)
+    preset, _ = _preset(config.preset)
     unknown = sorted(set(preset) - set(names))
     if unknown:
         raise UsageError(
@@ -54,21 +79,31 @@ def axis_sizes(config: ConfigDict) -> dict[str, int]:
     return sizes
 
 
-def _read_preset(name: str) -> dict[str, int]:
-    """The sizes in `presets/<name>.py`, or in the file of that name."""
-    folder = pathlib.Path(presets.__file__).parent
-    path = pathlib.Path(name) if name.endswith(".py") else folder / f"{name}.py"
-    if not path.is_file() or path.stem == "__init__":
-        known = ", ".join(sorted(p.stem for p in folder.glob("[a-z]*.py")))
+def _preset(name: str) -> tuple[dict[str, Any], Rules]:
+    """(sizes, rules) of a preset, or of the file of that name: its get_config() may have "rules" among the sizes."""
+    if name in PRESETS:
+        return PRESETS[name], RULES
+    if not name.endswith(".py") or not pathlib.Path(name).is_file():
+        known = ", ".join(PRESETS)
         raise UsageError(f"mesh.preset={name!r} does not exist; there are: {known}, or a path to a file of yours.")
     try:
-        return dict(runpy.run_path(str(path))["get_config"]())
+        sizes = dict(runpy.run_path(name)["get_config"]())
+        replaced = dict(sizes.pop("rules", {}))
     except Exception as error:  # the file is a program; whatever it raises is the answer to "why not"
         raise UsageError(f"mesh.preset={name} has no get_config() that gives sizes: {error!r}") from error
+    for logical, axes in replaced.items():
+        axes = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+        if logical == "batch" or not set(axes) <= set(AXES):
+            raise UsageError(
+                f"mesh.preset={name} has the rule {logical!r}: {replaced[logical]!r}; the batch stays split over data "
+                f"and fsdp, and other logical axes go to None or to some of: {', '.join(AXES)}."
+            )
+        replaced[logical] = axes
+    return sizes, tuple((dict(RULES) | replaced).items())
 
 
-def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp and tensor; data runs over the slices first.
+def make_layout(config: ConfigDict, devices: Sequence[Any] | None = None) -> Layout:
+    """A mesh with the axes data, fsdp and tensor, data running over the slices first; and the preset's rules.
 
     Args:
       config: the `mesh` part of a configuration.
@@ -88,7 +123,15 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
         where = f"{len(devices)} devices here" if len(groups) == 1 else f"{len(groups[0])} devices of a slice"
         raise UsageError(f"{text} do not multiply to the {where}.")
     parts = np.concatenate([_lay_out(group, shape) for group in groups])
-    return Mesh(parts, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    _, rules = _preset(config.preset)
+    return Layout(Mesh(parts, AXES, axis_types=(AxisType.Auto,) * len(AXES)), rules)
+
+
+def local_layout() -> Layout:
+    """Every device of this process holds a copy of everything, and works on its share of a batch."""
+    devices = jax.local_devices()
+    mesh = Mesh(np.array(devices).reshape(-1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Layout(mesh)
 
 
 def _lay_out(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
@@ -127,9 +170,9 @@ def _slices(devices: list[Any], wanted: int) -> list[list[Any]]:
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Within it, programs are traced for `mesh`: logical axes in the networks become shardings."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+def use_mesh(layout: Layout) -> Iterator[None]:
+    """Within it, programs are traced for the mesh: logical axes in the networks become shardings."""
+    with jax.set_mesh(layout.mesh), nn.logical_axis_rules(layout.rules):
         yield
 
 
@@ -146,6 +189,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_devices(mesh: Mesh) -> int:
     """Into how many parts a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def round_up(batch_size: int, mesh: Mesh) -> int:
+    """The next multiple of the parts into which a batch is split."""
+    parts = batch_devices(mesh)
+    return -(-batch_size // parts) * parts
 
 
 def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
@@ -169,11 +218,11 @@ def place_batch(batch: Any, mesh: Mesh, rows: np.ndarray, batch_size: int) -> An
     return jax.tree.map(place, batch)
 
 
-def place_notes(stop: bool, bad_R: np.ndarray, mesh: Mesh, rows: np.ndarray, batch_size: int) -> Array:
-    """What this process tells the others: (devices, 1 + batch a device) int32, a row for each device.
+def place_messages(stop: bool, bad_R: np.ndarray, mesh: Mesh, rows: np.ndarray, batch_size: int) -> Array:
+    """What this process tells the others: (devices, 1 + batch per device) int32, one row for each device.
 
-    A row holds whether the process was asked to stop, and the bad records among the device's rows of the batch. It
-    has its own row for every device: copies of one row on the tensor axis could differ, where that crosses processes.
+    A row holds whether the process was asked to stop, and the bad records among the device's rows of the batch. Every
+    device has a row of its own: copies of one row on the tensor axis could differ, where that crosses processes.
 
     Args:
       stop: whether it was.
@@ -187,11 +236,11 @@ def place_notes(stop: bool, bad_R: np.ndarray, mesh: Mesh, rows: np.ndarray, bat
         first = np.searchsorted(rows, device // tensor * size)
         return np.concatenate([[stop], bad_R[first : first + size]])[None].astype(np.int32)
 
-    return jax.make_array_from_callback((mesh.size, 1 + size), notes_sharding(mesh), row)
+    return jax.make_array_from_callback((mesh.size, 1 + size), messages_sharding(mesh), row)
 
 
-def notes_sharding(mesh: Mesh) -> NamedSharding:
-    """A row on every device."""
+def messages_sharding(mesh: Mesh) -> NamedSharding:
+    """One row on every device."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
@@ -205,16 +254,17 @@ def is_boxed(leaf: Any) -> bool:
     return isinstance(leaf, nn.LogicallyPartitioned)
 
 
-def state_shardings(boxed: Any, mesh: Mesh) -> Any:
+def state_shardings(boxed: Any, layout: Layout) -> Any:
     """Shardings of a tree whose parameters are boxed with logical axis names (`jax.eval_shape` of an init).
 
     Axes that the mesh's do not divide, and parameters below SMALL elements, are not split.
     """
+    mesh = layout.mesh
 
     def sharding(leaf: Any) -> NamedSharding:
         if not is_boxed(leaf) or math.prod(leaf.value.shape) < SMALL:
             return replicated(mesh)
-        spec = nn.logical_to_mesh_axes(leaf.names, RULES)
+        spec = nn.logical_to_mesh_axes(leaf.names, layout.rules)
         parts = []
         for size, axes in zip(leaf.value.shape, spec, strict=True):
             axes = () if axes is None else (axes,) if isinstance(axes, str) else axes

@@ -1,12 +1,16 @@
-"""Several processes as one run: who they are, what they agree on, and how one that is lost ends the others."""
+"""Several processes as one run: who they are, what they agree on, and how one that is lost ends the others.
 
+Words are those of MPI and of jax.experimental.multihost_utils: broadcast, allgather.
+"""
+
+import contextlib
 import dataclasses
 import importlib.util
 import os
 import pathlib
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -135,7 +139,7 @@ def initialize(heartbeat_timeout: int) -> None:
         raise BrokenRun(f"the processes of this run ({decision.text}) did not find each other: {error}", 75) from error
 
 
-def together(check: Callable[[], T]) -> T:
+def agree(check: Callable[[], T]) -> T:
     """Runs `check` on every process; if it raises a UsageError on any of them, all raise an AgreedError."""
     if jax.process_count() == 1:
         return check()
@@ -144,7 +148,7 @@ def together(check: Callable[[], T]) -> T:
         result = check()
     except UsageError as error:
         message = str(error)
-    messages = [_text(row) for row in _gather(_bytes(message))]
+    messages = _allgather(message)
     if message:
         raise AgreedError(message)
     for index, other in enumerate(messages):
@@ -153,31 +157,48 @@ def together(check: Callable[[], T]) -> T:
     return result
 
 
-def check_same(what: str, value: str) -> None:
+def assert_equal(what: str, value: str) -> None:
     """Raises an AgreedError unless `value` is the same on every process."""
-    if jax.process_count() > 1:
-        values = [_text(row) for row in _gather(_bytes(value))]
-        for index, other in enumerate(values):
-            if other != values[0]:
-                raise AgreedError(f"{what} of process {index} is {other}, of process 0 {values[0]}.")
+    values = _allgather(value)
+    for index, other in enumerate(values):
+        if other != values[0]:
+            raise AgreedError(f"{what} of process {index} is {other}, of process 0 {values[0]}.")
 
 
-def from_first(value: str) -> str:
+def broadcast(value: str) -> str:
     """Process 0's `value`, on every process."""
-    return value if jax.process_count() == 1 else _text(_gather(_bytes(value))[0])
+    return _allgather(value)[0]
 
 
-def _bytes(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0"), np.uint8)
+@contextlib.contextmanager
+def fail_together(closing: contextlib.ExitStack | None = None) -> Iterator[None]:
+    """Within it, an error that this process of several has alone ends all of them, instead of leaving them to wait.
+
+    Args:
+      closing: what is not to be closed then, since closing would wait for processes that do not come.
+
+    Raises:
+      BrokenRun: in place of an error that is not agreed on.
+    """
+    try:
+        yield
+    except AgreedError:
+        raise
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        if closing is not None:
+            closing.pop_all()
+        raise broken_run(error) from error
 
 
-def _text(row: np.ndarray) -> str:
-    return row.tobytes().rstrip(b"\0").decode(errors="ignore")
-
-
-def _gather(row: np.ndarray) -> np.ndarray:
-    """(n,) of every process → (processes, n) on every process."""
-    return np.asarray(multihost_utils.process_allgather(row, tiled=False))
+def _allgather(text: str) -> list[str]:
+    """The `text` of every process, on every process; cut to MESSAGE_BYTES."""
+    if jax.process_count() == 1:
+        return [text]
+    row = np.frombuffer(text.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0"), np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(row, tiled=False))
+    return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
 def broken_run(error: BaseException) -> BrokenRun:

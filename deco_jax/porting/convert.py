@@ -1,11 +1,8 @@
-"""`deco convert`: readable weights to a checkpoint of ours, safetensors, a Lightning `.ckpt`, a Hugging Face folder."""
+"""`deco convert`: how do readable weights become a checkpoint, safetensors, a `.ckpt` or a Hugging Face folder?"""
 
-import contextlib
-import dataclasses
 import functools
 import pathlib
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,48 +10,22 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from deco_jax.checkpoints import store as checkpoint
-from deco_jax.config import default_config, flatten
+from deco_jax.checkpoints import store
+from deco_jax.config import default_config, restore_config
 from deco_jax.errors import UsageError
 from deco_jax.export.diffusers_folder import diffusers_files
-from deco_jax.models import build_model
-from deco_jax.models.build import KINDS
+from deco_jax.models.build import network_fields
 from deco_jax.porting import folder, moments
+from deco_jax.porting.bundle import Bundle
 from deco_jax.pretrained import networks
-from deco_jax.pretrained.infer import ARCHITECTURES
+from deco_jax.storage import write_beside
 from deco_jax.training.start import abstract_on_host
 from deco_jax.training.state import TrainState
 from deco_jax.version import __version__
-from deco_jax.weights import translate
 
 # What is in the folders that are written here.
-CONVERTED = {checkpoint.FOLDER, "config.json", "model.safetensors", "README.md", *diffusers_files(0)} | {"transformer"}
+CONVERTED = {store.FOLDER, "config.json", "model.safetensors", "README.md", *diffusers_files(0)} | {"transformer"}
 FORMATS = ("checkpoint", "safetensors", "ckpt", "huggingface")
-
-
-@dataclasses.dataclass
-class Bundle:
-    """What is carried from one format to another, as our parameters in numpy. None: not there, or not asked for."""
-
-    config: ConfigDict  # of the run, as far as the source says
-    ema: Any = None
-    online: Any = None
-    projector: Any = None
-    moments: tuple[int, Any, Any] | None = None  # updates done, first and second moments of {"network", "projector"}
-    step: int = 0
-    origin: str = ""  # path of the source
-    fingerprint: str | None = None  # of the data, if the source is a run of ours
-    teacher: str = ""  # hash of the one it was aligned to, if the source says
-    decisive: tuple[str, ...] = ()  # fields that training on must not change, if it is not a run of ours
-
-    @property
-    def table(self) -> dict[str, str]:
-        """Names of the network's parameters."""
-        return ARCHITECTURES[self.config.model.kind][0]
-
-    def tensors(self, which: str) -> dict[str, np.ndarray]:
-        """The "ema" or "online" weights under PyTorch's names, in the order of PyTorch's modules."""
-        return translate.to_torch(self.table, self.ema if which == "ema" else self.online)
 
 
 def convert(
@@ -107,14 +78,14 @@ def convert(
     if image_size is not None:
         bundle.config.data.image_size = image_size
     write = {
-        "checkpoint": _write_checkpoint,
+        "checkpoint": write_checkpoint,
         "safetensors": functools.partial(folder.write_safetensors, weights=weights),
         "ckpt": moments.write_ckpt,
         "huggingface": functools.partial(folder.write_folder, weights=weights),
     }[kind]
-    with _beside(path) as draft:
+    with write_beside(path) as draft:
         write(bundle, draft)
-    print(f"{target}: {kind}, {_describe(bundle)}.")
+    print(f"{target}: {kind}, {bundle}.")
 
 
 def _check_target(path: pathlib.Path, target: str, source: pathlib.Path, force: bool) -> None:
@@ -144,28 +115,26 @@ def _read_weight_file(
     source: str, wanted: Iterable[str], train_state: bool, projector: bool, prediction: str | None
 ) -> Bundle:
     stored = networks.open_networks(source, prediction)
-    config = default_config()
-    if isinstance(stored.file.config.get("training"), dict):  # a folder of ours
-        _apply(config, stored.file.config["training"])
+    config, said = default_config(), stored.file.config
+    if "deco_jax_version" in said:  # a folder of ours
+        config = _run_config(said | {"config": said.get("training")}, source)
     config.model = networks.model_config(stored)
-    network = (f"model.{field}" for field in ("kind", *KINDS[config.model.kind][1]))
-    decisive = (*network, "loss.alignment_weight", "loss.alignment_features", "optimizer.clip_norm")
-    bundle = Bundle(config, origin=source, step=_step(stored), decisive=decisive)
+    decisive = [f"model.{field}" for field in ("kind", *network_fields(config.model.kind))]
+    decisive += ["loss.alignment_weight", "loss.alignment_features"]
+    bundle = Bundle(config, origin=source, step=_step(stored), decisive=tuple(decisive))
     if train_state and not stored.file.rest.get("optimizer_states"):
         raise UsageError(f"{source} holds no optimiser state; convert it without --train-state.")
-    there = [which for which in ("ema", "online") if stored.has(which)]
-    if len(wanted) == 1 or (len(there) == 2 and "only" not in stored.networks):
+    if len(wanted) == 1 or ("only" not in stored.networks and len(stored.sets) == 2):
         for which in wanted:
             setattr(bundle, which, networks.read_network(stored, which, _bar(f"{which} weights")))
     else:
         print(f"{source} has one set of weights; it serves as EMA and online weights.")
-        bundle.ema = bundle.online = networks.read_network(stored, there[0], _bar("weights"))
+        bundle.ema = bundle.online = networks.read_network(stored, stored.sets[0], _bar("weights"))
     if train_state:
-        tensors = stored.networks.get("projector") if projector else None
-        if tensors:
-            bundle.projector = networks.read_projector(stored, tensors)
+        if projector and "projector" in stored.networks:
+            bundle.projector = networks.read_projector(stored)
             config.loss.alignment_weight = 0.5
-            config.loss.alignment_features = int(tensors["proj.0.4.weight"].shape[0])
+            config.loss.alignment_features = len(bundle.projector["out"]["bias"])
         moments.read(stored, bundle)
     return bundle
 
@@ -179,10 +148,9 @@ def _step(stored: networks.Stored) -> int:
 def _read_checkpoint(
     source: str, wanted: Iterable[str], train_state: bool, projector: bool, prediction: str | None
 ) -> Bundle:
-    where, step = checkpoint.find_checkpoint(source)
-    meta = checkpoint.read_meta(where, step)
-    config = default_config()
-    _apply(config, meta["config"])
+    where, step = store.find_checkpoint(source)
+    meta = store.read_meta(where, step)
+    config = _run_config(meta, source)
     networks.settle_prediction(source, [config.model.prediction], prediction)
     config.model.attention = "default"  # the run's choice may not exist on this machine
     if train_state and meta.get("weights_only"):
@@ -195,7 +163,7 @@ def _read_checkpoint(
         asked["params"] = abstract.params if train_state else {"network": abstract.params["network"]}
     if train_state:
         asked["opt_state"] = abstract.opt_state
-    part = jax.tree.map(np.asarray, checkpoint.restore_part(where, step, asked))
+    part = jax.tree.map(np.asarray, store.restore_part(where, step, asked))
     bundle = Bundle(config, origin=source, step=step, ema=part.get("ema"))
     bundle.fingerprint, bundle.decisive = meta["fingerprint"] or None, tuple(meta.get("decisive", ()))
     bundle.teacher = meta.get("teacher", "") if projector else ""
@@ -209,19 +177,14 @@ def _read_checkpoint(
     return bundle
 
 
-def _apply(config: ConfigDict, values: dict[str, Any]) -> None:
-    """Takes over the fields of another configuration that exist here; where devices were is of no concern."""
-    known = flatten(config)
-    for field, value in flatten(values).items():
-        part, _, name = field.rpartition(".")
-        if part != "mesh" and field in known:
-            try:
-                (config[part] if part else config).update({name: value})
-            except (TypeError, ValueError) as error:
-                raise UsageError(f"the source's configuration has {field}={value!r}: {error}") from error
+def _run_config(saved: Mapping[str, Any], source: str) -> ConfigDict:
+    """A run's configuration, but for the arrangement of its devices."""
+    config = restore_config(saved, source)
+    config.mesh = default_config().mesh
+    return config
 
 
-def _write_checkpoint(bundle: Bundle, path: pathlib.Path) -> None:
+def write_checkpoint(bundle: Bundle, path: pathlib.Path) -> None:
     """A workdir: to start from with train.init_from or, with the optimiser's state, to go on in."""
     config = bundle.config
     params = {"network": bundle.online} | ({"projector": bundle.projector} if bundle.projector is not None else {})
@@ -234,12 +197,10 @@ def _write_checkpoint(bundle: Bundle, path: pathlib.Path) -> None:
         optimizer = moments.fill(abstract_on_host(config).opt_state, count, mu, nu)
         skipped = np.int32(max(bundle.step - count, 0))  # steps that updated nothing
         state = TrainState(np.int32(bundle.step), params, bundle.ema, optimizer, skipped, np.int32(0))
-    model = build_model(config.model)
-    parameters = sum(x.size for x in jax.tree.leaves(networks.parameter_shapes(model)))
-    meta = checkpoint.make_meta(config, bundle.fingerprint or "", parameters, __version__, bundle.teacher)
+    meta = store.make_meta(config, bundle.fingerprint or "", bundle.parameters, __version__, bundle.teacher)
     meta |= {"converted_from": bundle.origin, "weights_only": bundle.moments is None}
     meta |= {"decisive": bundle.decisive} if bundle.fingerprint is None else {}
-    saved = checkpoint.Checkpoints(path, keep=1, keep_every=0)
+    saved = store.Checkpoints(path, keep=1, keep_every=0)
     with tqdm(desc="checkpoint", total=1, disable=None) as bar:
         saved.save(bundle.step, state, meta)
         saved.close()
@@ -247,32 +208,6 @@ def _write_checkpoint(bundle: Bundle, path: pathlib.Path) -> None:
     (path / "config.json").write_text(config.to_json_best_effort(indent=2))
 
 
-@contextlib.contextmanager
-def _beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A name beside `path` to write to; what lies there takes its place in the end, or goes if writing fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        draft, old = pathlib.Path(folder) / path.name, pathlib.Path(folder) / "replaced"
-        yield draft
-        if path.is_dir():
-            path.rename(old)  # a folder cannot be renamed over another
-        try:
-            draft.replace(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
-
-
-def _bar(what: str):
+def _bar(what: str) -> Callable[[Iterable], Iterable]:
     """Shows how many tensors are read."""
     return lambda places: tqdm(places, desc=what, unit="tensor", disable=None)
-
-
-def _describe(bundle: Bundle) -> str:
-    model = bundle.config.model
-    tree = bundle.ema if bundle.ema is not None else bundle.online
-    count = sum(x.size for x in jax.tree.leaves(tree))
-    more = "" if bundle.moments is None else f", optimiser state after {bundle.moments[0]} updates"
-    more += "" if bundle.projector is None else ", projector"
-    return f"{model.kind} {model.width}×{model.depth}, {count:,} parameters, step {bundle.step}{more}"

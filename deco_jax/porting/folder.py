@@ -1,30 +1,29 @@
-"""Exported weights: a safetensors file, or a folder as Hugging Face has them, with config.json and a model card."""
+"""How are weights exported? As a safetensors file, or as a Hugging Face folder with config.json and a model card."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from deco_jax.checkpoints import store as checkpoint
+from deco_jax.checkpoints import store
+from deco_jax.config import save_config
 from deco_jax.errors import UsageError
 from deco_jax.export.diffusers_folder import diffusers_files
-from deco_jax.models.build import KINDS
-from deco_jax.sampling.solvers import SETTINGS
+from deco_jax.models.build import network_fields
+from deco_jax.porting.bundle import Bundle
+from deco_jax.sampling.settings import Sampling
 from deco_jax.version import __version__
-
-if TYPE_CHECKING:
-    from deco_jax.porting.convert import Bundle
 
 # Fields of a DeCo that PyTorch's (torch_model.py) has no arguments for: this is what it computes.
 IN_PYTORCH = {"prediction": "velocity", "decoder_patch": 1, "decoder_interaction": "adaln"}
 
 
-def check_known_to_pytorch(bundle: "Bundle") -> None:
+def check_known_to_pytorch(bundle: Bundle) -> None:
     """Raises UsageError for a DeCo with another decoder than PyTorch's, whose tensors have no names there."""
     model, fields = bundle.config.model, ("decoder_patch", "decoder_interaction")
     ours = [f"model.{field}={model[field]}" for field in fields if model[field] != IN_PYTORCH[field]]
@@ -35,7 +34,7 @@ def check_known_to_pytorch(bundle: "Bundle") -> None:
         )
 
 
-def write_safetensors(bundle: "Bundle", path: pathlib.Path, weights: str) -> None:
+def write_safetensors(bundle: Bundle, path: pathlib.Path, weights: str) -> None:
     """One set of weights under upstream's names; the metadata says which network they make.
 
     "architecture": its sizes, JSON; "prediction": velocity or image; "weights": ema or online; "step".
@@ -53,21 +52,21 @@ def write_safetensors(bundle: "Bundle", path: pathlib.Path, weights: str) -> Non
     path.chmod(0o666 & ~mask)  # the library lets only the owner read it
 
 
-def architecture(bundle: "Bundle") -> dict[str, Any]:
+def architecture(bundle: Bundle) -> dict[str, Any]:
     """The fields of `config.model` that make the network.
 
     PyTorch's DeCo takes them as its arguments, so they leave out what it is anyway; with anything more it refuses.
     """
     model = bundle.config.model
     known = IN_PYTORCH if model.kind == "deco" else {}
-    return {field: model[field] for field in ("kind", *KINDS[model.kind][1]) if model[field] != known.get(field)}
+    return {field: model[field] for field in ("kind", *network_fields(model.kind)) if model[field] != known.get(field)}
 
 
-def write_folder(bundle: "Bundle", path: pathlib.Path, weights: str) -> None:
+def write_folder(bundle: Bundle, path: pathlib.Path, weights: str) -> None:
     """config.json, model.safetensors, README.md, and what diffusers needs to sample if PyTorch's DeCo can."""
     path.mkdir()
     write_safetensors(bundle, path / "model.safetensors", weights)
-    c = bundle.config
+    c, saved = bundle.config, save_config(bundle.config)
     config = {
         **architecture(bundle),
         "prediction": c.model.prediction,
@@ -75,8 +74,9 @@ def write_folder(bundle: "Bundle", path: pathlib.Path, weights: str) -> None:
         "weights": weights,
         "step": bundle.step,
         "deco_jax_version": __version__,
-        "sampling": {name: c.sample[name] for name in SETTINGS},
-        "training": json.loads(c.to_json_best_effort()),
+        "sampling": dataclasses.asdict(Sampling.from_config(c.sample)),
+        "training": saved["config"],
+        "config_version": saved["config_version"],
     }
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (path / "README.md").write_text(model_card(bundle, weights))
@@ -85,22 +85,21 @@ def write_folder(bundle: "Bundle", path: pathlib.Path, weights: str) -> None:
         (path / name).write_text(text)
 
 
-def _runs_in_pytorch(bundle: "Bundle") -> bool:
+def _runs_in_pytorch(bundle: Bundle) -> bool:
     """Whether torch_model.py computes this network."""
     model = bundle.config.model
     return model.kind == "deco" and all(model[field] == value for field, value in IN_PYTORCH.items())
 
 
-def model_card(bundle: "Bundle", weights: str) -> str:
+def model_card(bundle: Bundle, weights: str) -> str:
     """README.md of an exported folder: architecture, training and what was measured, as far as the source says."""
-    c, tree = bundle.config, bundle.ema if weights == "ema" else bundle.online
-    m, count = c.model, sum(x.size for x in jax.tree.leaves(tree))
+    c, m = bundle.config, bundle.config.model
     table = [
         ("architecture", f"{m.kind}, {m.depth} blocks of width {m.width}, {m.heads} heads, patches of {m.patch_size}"),
         *([("pixel decoder", f"{m.decoder_depth} blocks of width {m.decoder_width}")] if m.kind != "baseline" else []),
         ("predicts", m.prediction),
         ("classes", f"{m.num_classes}, and the null class"),
-        ("parameters", f"{count:,}"),
+        ("parameters", f"{bundle.parameters:,}"),
         ("weights", f"{weights} (fp32), step {bundle.step:,}"),
     ]
     run = [
@@ -112,15 +111,8 @@ def model_card(bundle: "Bundle", weights: str) -> str:
         ("frequency loss", f"weight {c.loss.frequency_weight:g}, quality {c.loss.frequency_quality}"),
         ("alignment loss", f"weight {c.loss.alignment_weight:g}"),
     ]
+    unknown = "Converted from PyTorch weights, which do not say how they were trained."
     measured = _last_metrics(bundle.origin, bundle.step)
-    training = (
-        "## Training\n\n" + _table(run)
-        if bundle.fingerprint
-        else ("## Training\n\nConverted from PyTorch weights, which do not say how they were trained.")
-    )
-    metrics = (
-        "## Last logged\n\n" + _table(measured) if measured else "## Metrics\n\nNone are recorded with these weights."
-    )
     g, name = c.sample, {"deco": "DeCo", "baseline": "Baseline DiT", "pixnerd": "PixNerd"}[m.kind]
     origin = "DeCo, arXiv 2511.19365" if m.kind == "deco" else f"{name}, as compared with in DeCo, arXiv 2511.19365"
     call = f"class_labels=[0], num_inference_steps={g.steps}, guidance_scale={g.guidance}"
@@ -139,9 +131,13 @@ A pixel diffusion network ({origin}), exported by deco_jax {__version__}.
 
 {_table(table)}
 
-{training}
+## Training
 
-{metrics}
+{_table(run) if bundle.fingerprint else unknown}
+
+{"## Last logged" if measured else "## Metrics"}
+
+{_table(measured) if measured else "None are recorded with these weights."}
 
 ## Use
 
@@ -158,7 +154,7 @@ def _table(rows: list[tuple[str, Any]]) -> str:
 def _last_metrics(origin: str, step: int) -> list[tuple[str, Any]]:
     """What the run logged last up to `step`, if `origin` is a workdir of ours or a checkpoint in one."""
     given = pathlib.Path(origin).expanduser().absolute()
-    workdir = given.parents[1] if given.parent.name == checkpoint.FOLDER else given
+    workdir = given.parents[1] if given.parent.name == store.FOLDER else given
     log, last = workdir / "metrics.jsonl", {}
     for text in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
         with contextlib.suppress(ValueError):  # a line that was cut off

@@ -1,18 +1,16 @@
-"""The state of AdamW, between PyTorch's numbering of parameters and optax's trees; and a `.ckpt` for upstream."""
+"""How does AdamW's state go between PyTorch's numbered parameters and optax's trees, and into a `.ckpt`?"""
 
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 
 from deco_jax.errors import UsageError
+from deco_jax.porting.bundle import Bundle
 from deco_jax.pretrained import names, networks
 from deco_jax.weights import translate
-
-if TYPE_CHECKING:
-    from deco_jax.porting.convert import Bundle
 
 
 def adam_state(opt_state: Any) -> optax.ScaleByAdamState:
@@ -39,7 +37,7 @@ def _is_adam(leaf: Any) -> bool:
     return isinstance(leaf, optax.ScaleByAdamState)
 
 
-def read(stored: networks.Stored, bundle: "Bundle") -> None:
+def read(stored: networks.Stored, bundle: Bundle) -> None:
     """Puts a Lightning checkpoint's step and AdamW state into `bundle`, and its optimiser's settings into the config.
 
     PyTorch numbers the parameters: the network's in the order of the file's online tensors, then the projector's.
@@ -84,52 +82,49 @@ def require_torch() -> None:
         raise UsageError("writing a .ckpt needs PyTorch: pip install 'deco-jax[torch]'.") from error
 
 
-def write_ckpt(bundle: "Bundle", path: pathlib.Path) -> None:
+def write_ckpt(bundle: Bundle, path: pathlib.Path) -> None:
     """A checkpoint in the layout of upstream's Lightning module."""
     import torch
 
-    def tensor(value: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.array(value))
-
-    online, ema = bundle.tensors("online"), bundle.tensors("ema")
-    projector = {} if bundle.projector is None else translate.to_torch(names.PROJECTOR, bundle.projector)
-    named = {f"denoiser.{name}": value for name, value in online.items()}
-    named |= {f"ema_denoiser.{name}": value for name, value in ema.items()}
-    named |= {f"diffusion_trainer.{name}": value for name, value in projector.items()}
     content = {
         "epoch": 0,
         "global_step": bundle.step,
         "pytorch-lightning_version": "2.4.0",
         "prediction": bundle.config.model.prediction,  # ours; upstream has that in its configuration
-        "state_dict": {name: tensor(value) for name, value in named.items()},
+        "state_dict": {
+            **_tensors(bundle.table, bundle.online, "denoiser."),
+            **_tensors(bundle.table, bundle.ema, "ema_denoiser."),
+            **_tensors(names.PROJECTOR, bundle.projector, "diffusion_trainer."),
+        },
         "lr_schedulers": [],
-        "optimizer_states": [],
+        "optimizer_states": [] if bundle.moments is None else [_optimizer(bundle)],
     }
-    if bundle.moments is not None:
-        content["optimizer_states"] = [_torch_optimizer(bundle, len(online), len(projector), tensor)]
     torch.save(content, path)
 
 
-def _torch_optimizer(bundle: "Bundle", network: int, projector: int, tensor: Any) -> dict[str, Any]:
+def _tensors(table: dict[str, str], params: Any, prefix: str = "") -> dict[str, Any]:
+    """Our parameters as torch's tensors, by name; none of none."""
+    import torch
+
+    arrays = {} if params is None else translate.to_torch(table, params)
+    return {prefix + name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+
+
+def _optimizer(bundle: Bundle) -> dict[str, Any]:
     """The state of torch.optim.AdamW over two groups: the network's parameters, then the projector's."""
     import torch
 
-    count, *trees = bundle.moments
-    flat = []
-    for tree in trees:
-        parts = dict(translate.to_torch(bundle.table, tree["network"]))
-        if projector:
-            parts |= {f"projector {k}": v for k, v in translate.to_torch(names.PROJECTOR, tree["projector"]).items()}
-        flat.append([tensor(value) for value in parts.values()])
-    c = bundle.config.optimizer
+    count, *moments = bundle.moments
+    network = [list(_tensors(bundle.table, tree["network"]).values()) for tree in moments]
+    projector = [list(_tensors(names.PROJECTOR, tree.get("projector")).values()) for tree in moments]
+    first, second = (a + b for a, b in zip(network, projector, strict=True))
+    state = {
+        number: {"step": torch.tensor(float(count)), "exp_avg": first[number], "exp_avg_sq": second[number]}
+        for number in range(len(first))
+    }
+    c, numbers = bundle.config.optimizer, list(state)
     told = {"lr": c.lr, "betas": (c.beta1, c.beta2), "eps": c.eps, "weight_decay": c.weight_decay}
     told |= {"amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False}
     told |= {"fused": None, "decoupled_weight_decay": True}
-    groups = [{**told, "params": list(range(network))}]
-    if projector:
-        groups.append({**told, "params": list(range(network, network + projector))})
-    state = {
-        number: {"step": torch.tensor(float(count)), "exp_avg": first, "exp_avg_sq": second}
-        for number, (first, second) in enumerate(zip(*flat, strict=True))
-    }
-    return {"state": state, "param_groups": groups}
+    groups = [{**told, "params": numbers[: len(network[0])]}, {**told, "params": numbers[len(network[0]) :]}]
+    return {"state": state, "param_groups": [group for group in groups if group["params"]]}

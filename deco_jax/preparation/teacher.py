@@ -1,41 +1,38 @@
-"""`deco prepare`: what never changes about the images, computed once and stored; so far the teacher's features."""
+"""How are a teacher's features of every image computed once and stored? `deco prepare --teacher`."""
 
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import json
 import os
 import pathlib
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from collections.abc import Iterator
+from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax import Array
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from deco_jax.config import default_config
+from deco_jax import storage
 from deco_jax.data.features import COMPLETE, PARTIAL, Contents, bad_file, features_file, missing_files, read_contents
 from deco_jax.data.pipeline import BadRecords, Batch, read_ahead
 from deco_jax.data.sources import Source, open_source
 from deco_jax.diffusion.flow import to_float
 from deco_jax.encoders import teacher as teachers
-from deco_jax.encoders.teacher import IMAGE_PATCH, Teacher, teacher_features
-from deco_jax.errors import AgreedError, UsageError
+from deco_jax.encoders.frozen import FrozenWeights
+from deco_jax.encoders.teacher import IMAGE_PATCH
+from deco_jax.errors import UsageError
 from deco_jax.parallel import mesh as meshes
-from deco_jax.parallel import processes as distributed
+from deco_jax.parallel import processes
+from deco_jax.parallel.mesh import Layout
 from deco_jax.version import __version__
 
 FILE_BYTES = 2**30  # of a file of features, at most
-SHARED_FOLDER_DELAY = 60  # seconds until a host surely sees what another has written to a network folder
 
 
 def prepare_teacher(config: ConfigDict, out: str, batch_size: int) -> None:
@@ -53,39 +50,26 @@ def prepare_teacher(config: ConfigDict, out: str, batch_size: int) -> None:
       UsageError: data, teacher or folder are not to be had; the folder holds features of something else; or too many
         records cannot be read.
     """
-    try:
-        _prepare(config, out, batch_size)
-    except AgreedError:
-        raise
-    except BaseException as error:
-        if jax.process_count() == 1:
-            raise
-        raise distributed.broken_run(error) from error
-
-
-def _prepare(config: ConfigDict, out: str, batch_size: int) -> None:
     folder, first = pathlib.Path(out).expanduser(), jax.process_index() == 0
-    source, teacher, contents = distributed.together(lambda: _open(config, out, batch_size))
-    distributed.check_same("what is to be prepared", repr(dataclasses.astuple(contents)))
-    with contextlib.ExitStack() as closing:
-        distributed.together(lambda: closing.enter_context(_claim(folder, contents)) if first else None)
-        distributed.together(lambda: _wait_for(lambda: _is_of(folder, contents), f"{out} is not shared"))
+    with contextlib.ExitStack() as closing, processes.fail_together(closing):
+        source, teacher, contents = processes.agree(lambda: _open(config, out, batch_size))
+        processes.assert_equal("what is to be prepared", repr(dataclasses.astuple(contents)))
+        processes.agree(lambda: closing.enter_context(_exclusive(folder, contents)) if first else None)
+        processes.agree(lambda: _check_shared(folder, contents, out))
         done = (folder / COMPLETE).exists() and not missing_files(folder, contents)
-        if distributed.from_first(str(done)) == "True":
+        if processes.broadcast(str(done)) == "True":
             if first:
                 print(f"{folder} is done: it holds the features of all {contents.records:,} records.")
             return
         if first:
             print(_summary(contents, folder))
-        _write_files(
-            config, source, teacher, contents, folder, batch_size
-        )  # one that fails does not wait for the others
-        distributed.together(lambda: _complete(config, source, contents, folder) if first else None)
+        _write_files(config, source, teacher, contents, folder, batch_size)  # one that fails waits for no other
+        processes.agree(lambda: _complete(config, source, contents, folder) if first else None)
     if first:
         print(f"{folder} is done. To train with it: --config.teacher.stored={folder}")
 
 
-def _open(config: ConfigDict, out: str, batch_size: int) -> tuple[Source, Teacher, Contents]:
+def _open(config: ConfigDict, out: str, batch_size: int) -> tuple[Source, FrozenWeights, Contents]:
     if batch_size < 1:
         raise UsageError(f"--batch-size={batch_size} must be at least 1.")
     folder = pathlib.Path(out).expanduser()
@@ -93,7 +77,7 @@ def _open(config: ConfigDict, out: str, batch_size: int) -> tuple[Source, Teache
         raise UsageError(f"--out={out} is no folder. A bucket must be mounted (with gcsfuse, say).")
     teachers.check_grids(config)
     source, teacher = open_source(config.data), teachers.load_teacher(config)
-    tokens, width = (config.data.image_size // IMAGE_PATCH) ** 2, teacher.module.width
+    tokens, width = (config.data.image_size // IMAGE_PATCH) ** 2, teacher.network.module.width
     contents = Contents(
         identity=source.identity,
         records=len(source),
@@ -123,25 +107,23 @@ def _summary(contents: Contents, folder: pathlib.Path) -> str:
 
 
 @contextlib.contextmanager
-def _claim(folder: pathlib.Path, contents: Contents) -> Iterator[None]:
+def _exclusive(folder: pathlib.Path, contents: Contents) -> Iterator[None]:
     """Within it, this run alone writes to `folder`, whose features.partial.json says `contents`."""
     known = _is_of(folder, contents)
     if not known and next(folder.glob("features-*"), None):
         raise UsageError(f"--out={folder} holds features, and nothing that says of what; choose another folder.")
-    with _as_usage_error(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"--out={folder} is in use by another process.") from error
-        except OSError as error:  # Lustre without -o flock, NFS without a lock daemon
-            logging.warning("%s cannot be locked (%s): see to it yourself that one run uses it.", folder, error)
+    with storage.locked(folder, f"--out={folder}"):
+        for draft in folder.glob(".features-*"):  # of a start that was killed
+            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
         _check_space(folder, contents)
         if not known:
-            _write_json(folder / PARTIAL, dataclasses.asdict(contents))
+            storage.write_json(folder / PARTIAL, dataclasses.asdict(contents))
         yield
+
+
+def _check_shared(folder: pathlib.Path, contents: Contents, out: str) -> None:
+    if not storage.wait_until(lambda: _is_of(folder, contents)):
+        raise UsageError(f"{out} is not shared")
 
 
 def _is_of(folder: pathlib.Path, contents: Contents) -> bool:
@@ -168,56 +150,24 @@ def _check_space(folder: pathlib.Path, contents: Contents) -> None:
         )
 
 
-def _write_json(path: pathlib.Path, values: Any) -> None:
-    with _beside(path) as file:
-        file.write(json.dumps(values, indent=2).encode())
-
-
-@contextlib.contextmanager
-def _beside(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """A file to write to, which gets its name when it is whole and on the disk."""
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        with _as_usage_error(path):
-            with draft.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            draft.rename(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _as_usage_error(path: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error}.") from error
-
-
-def _wait_for(condition: Callable[[], bool], otherwise: str) -> None:
-    """Returns when `condition` holds, as files of other hosts appear; UsageError(otherwise) if it does not come to."""
-    end = time.monotonic() + SHARED_FOLDER_DELAY
-    while not condition():
-        if time.monotonic() > end:
-            raise UsageError(otherwise)
-        time.sleep(0.5)
-
-
 # --- the features
 
 
 def _write_files(
-    config: ConfigDict, source: Source, teacher: Teacher, contents: Contents, folder: pathlib.Path, batch_size: int
+    config: ConfigDict,
+    source: Source,
+    teacher: FrozenWeights,
+    contents: Contents,
+    folder: pathlib.Path,
+    batch_size: int,
 ) -> None:
     """This process's share of the files that are missing."""
     missing, process = missing_files(folder, contents), jax.process_index()
     mine = [file for file in missing if file % jax.process_count() == process]
     if not mine:
         return
-    mesh = meshes.make_mesh(default_config().mesh, jax.local_devices())
-    batch_size = -(-min(batch_size, contents.records) // mesh.size) * mesh.size
+    layout = meshes.local_layout()
+    batch_size = meshes.round_up(min(batch_size, contents.records), layout.mesh)
     bad = BadRecords(source, config.data.max_bad_records)
     bad.check(np.array(_bad_so_far(folder, contents), int))
 
@@ -229,7 +179,7 @@ def _write_files(
         contextlib.closing(read_ahead(grain.MapDataset.source(records_MxB).map(load), workers)) as batches,
         tqdm(total=images, unit="image", disable=None if process == 0 else True) as progress,
     ):
-        computed = _compute(teacher, batches, mesh, source)
+        computed = _compute(teacher, batches, layout, source)
         for file in mine:
             _write_file(features_file(folder, file), contents.shape(file), computed, bad, progress)
 
@@ -256,24 +206,25 @@ class LoadRecords(grain.transforms.Map):
         for row, record in enumerate(records_B.tolist()):
             try:
                 if record >= 0:
-                    images[row], _ = self.source.load(record)
+                    images[row] = self.source.load(record)["image"]
             except Exception:  # whatever a decoder throws at a broken file
                 bad[row] = record
         return {"image": images, "record": records_B, "bad": bad}
 
 
 def _compute(
-    teacher: Teacher, batches: Iterator[Batch], mesh: Mesh, source: Source
+    teacher: FrozenWeights, batches: Iterator[Batch], layout: Layout, source: Source
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Of each batch the features (B, N, F) float16, NaN where the image is unreadable, and `bad` (B,).
 
     One batch is read back while the devices work on the next.
     """
-    params = teachers.place(teacher, mesh)
+    network, params = teacher.network, teacher.place(layout)
 
     @jax.jit
     def forward(params: Any, image_BxHxWx3: Array) -> tuple[Array, Array]:
-        features = teacher_features(teacher.module, params, to_float(image_BxHxWx3)).astype(jnp.float16)
+        batch = network(params, {network.reads: to_float(image_BxHxWx3)})
+        features = batch[network.writes].astype(jnp.float16)
         return features, jnp.isfinite(features).all(axis=(1, 2))
 
     def read_back(batch: Batch, features: Array, finite: Array) -> tuple[np.ndarray, np.ndarray]:
@@ -289,8 +240,8 @@ def _compute(
 
     under_way = None
     for batch in batches:
-        image = jax.device_put(batch["image"], meshes.batch_sharding(mesh))
-        with meshes.use_mesh(mesh):
+        image = jax.device_put(batch["image"], meshes.batch_sharding(layout.mesh))
+        with meshes.use_mesh(layout):
             following = batch, *forward(params, image)
         if under_way is not None:
             yield read_back(*under_way)
@@ -307,7 +258,7 @@ def _write_file(
 ) -> None:
     """One file, from as many batches as it takes; what is unreadable in it is written first."""
     missing, unreadable = shape[0], []
-    with _beside(path) as file:
+    with storage.write_beside(path) as draft, storage.writing(path), draft.open("wb") as file:
         header = {"descr": "<f2", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         while missing > 0:
@@ -318,9 +269,11 @@ def _write_file(
             file.write(features_BxNxF[:rows])
             progress.update(rows)
             missing -= rows
+        file.flush()
+        os.fsync(file.fileno())
         bad_file(path).unlink(missing_ok=True)
         if unreadable:
-            _write_json(bad_file(path), unreadable)
+            storage.write_json(bad_file(path), unreadable)
 
 
 def _bad_so_far(folder: pathlib.Path, contents: Contents) -> list[int]:
@@ -335,12 +288,12 @@ def _bad_so_far(folder: pathlib.Path, contents: Contents) -> list[int]:
 
 def _complete(config: ConfigDict, source: Source, contents: Contents, folder: pathlib.Path) -> None:
     """Writes features.json, once all files are there."""
-    _wait_for(
-        lambda: not missing_files(folder, contents),
-        f"--out={folder} lacks files that other processes have written; it must be a folder they all see.",
-    )
+    if not storage.wait_until(lambda: not missing_files(folder, contents)):
+        raise UsageError(
+            f"--out={folder} lacks files that other processes have written; it must be a folder they all see."
+        )
     bad = _bad_so_far(folder, contents)
     BadRecords(source, config.data.max_bad_records, log=False).check(np.array(bad, int))
     made = {"bad": bad, "deco_jax": __version__, "date": datetime.date.today().isoformat()}
-    _write_json(folder / COMPLETE, dataclasses.asdict(contents) | made)
+    storage.write_json(folder / COMPLETE, dataclasses.asdict(contents) | made)
     (folder / PARTIAL).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Which network a set of PyTorch tensors is: its architecture and every size, from names and shapes alone."""
+"""Which network is a set of PyTorch tensors? Its architecture and every size, from names and shapes alone."""
 
 import math
 import re

@@ -1,20 +1,18 @@
-"""`deco_jax.load_pretrained`: a network and its weights from wherever they are stored."""
+"""How does a user get a trained network? `deco_jax.load_pretrained`, from wherever it is stored."""
 
 from typing import Any, Literal
 
 import jax
 from flax import linen as nn
-from ml_collections import ConfigDict
 
-from deco_jax.checkpoints import store as checkpoint
-from deco_jax.config import default_config
+from deco_jax.checkpoints import store
+from deco_jax.config import build_model
 from deco_jax.errors import UsageError
-from deco_jax.models import build_model
+from deco_jax.models.build import parameter_shapes
 from deco_jax.pretrained.networks import (
     is_weight_file,
     model_config,
     open_networks,
-    parameter_shapes,
     read_network,
     settle_prediction,
 )
@@ -47,18 +45,13 @@ def load_pretrained(
         stored = open_networks(path, prediction)
         model, params = build_model(model_config(stored)), read_network(stored, weights)
         return model, jax.tree.map(lambda x: jax.device_put(x, may_alias=True), params)
-    folder, step = checkpoint.find_checkpoint(path)
-    # A field that is younger than the checkpoint had, in effect, its default.
-    config = ConfigDict(default_config().model.to_dict() | checkpoint.read_meta(folder, step)["config"]["model"])
+    folder, step = store.find_checkpoint(path)
+    config = store.read_config(folder, step).model
     settle_prediction(path, [config.prediction], prediction)
     config.attention = "default"  # the run's choice may not exist on this machine
     model = build_model(config)
-    params = checkpoint.restore_part(folder, step, _wanted(model, weights))
-    return model, params["ema"] if weights == "ema" else params["params"]["network"]
-
-
-def _wanted(model: nn.Module, weights: str) -> dict[str, Any]:
-    """The part of a TrainState to read, as shapes on the first local device."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), parameter_shapes(model))
-    return {"ema": shapes} if weights == "ema" else {"params": {"network": shapes}}
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), parameter_shapes(model))
+    if weights == "ema":
+        return model, store.restore_part(folder, step, {"ema": shapes})["ema"]
+    return model, store.restore_part(folder, step, {"params": {"network": shapes}})["params"]["network"]

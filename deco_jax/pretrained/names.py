@@ -1,56 +1,55 @@
-"""Which of the PyTorch system's tensors is which of our parameters: one table for each network, read both ways.
+"""Which of the PyTorch system's tensors is which of our parameters? One table for each network, read both ways.
 
-Left stands the PyTorch name, right the path in our parameter tree; `weights/translate.py` says what the letters count.
+Left stands the PyTorch name, right the path in our parameter tree, both in full; `weights/translate.py` says what the
+letters count. Tables keep the order of PyTorch's modules, by which its optimisers number the parameters.
 """
 
-
-def _linear(theirs: str, ours: str, bias: bool = True) -> dict[str, str]:
-    table = {f"{theirs}.weight": f"{ours}/kernel"}
-    return table | {f"{theirs}.bias": f"{ours}/bias"} if bias else table
-
-
-_TIME = {**_linear("t_embedder.mlp.0", "time_embedding/in"), **_linear("t_embedder.mlp.2", "time_embedding/out")}
+_TIME = {
+    "t_embedder.mlp.0.weight": "time_embedding/in/kernel",
+    "t_embedder.mlp.0.bias": "time_embedding/in/bias",
+    "t_embedder.mlp.2.weight": "time_embedding/out/kernel",
+    "t_embedder.mlp.2.bias": "time_embedding/out/bias",
+}
 _LABEL = {"y_embedder.embedding_table.weight": "label_embedding/table"}
-
-
-def _block(theirs: str, ours: str, into_attention: dict[str, str], mlp: dict[str, str]) -> dict[str, str]:
-    """A transformer block; what differs between blocks is given without the block's own name in front."""
-
-    def inside(table: dict[str, str]) -> dict[str, str]:
-        return {f"{theirs}.{their}": f"{ours}/{our}" for their, our in table.items()}
-
-    return inside(
-        {
-            "norm1.weight": "attention_norm/scale",
-            **into_attention,
-            "attn.q_norm.weight": "attention/query_norm/scale",
-            "attn.k_norm.weight": "attention/key_norm/scale",
-            **_linear("attn.proj", "attention/out"),
-            "norm2.weight": "mlp_norm/scale",
-            **mlp,
-            **_linear("adaLN_modulation.0", "modulation"),
-        }
-    )
-
-
-_QKV = _linear("attn.qkv", "attention/qkv", bias=False)
-_SWIGLU = {f"mlp.{w}.weight": f"mlp/{name}/kernel" for w, name in (("w1", "gate"), ("w3", "up"), ("w2", "down"))}
-_FUSED_SWIGLU = {"mlp.w12.weight": "mlp/in/kernel", "mlp.w3.weight": "mlp/down/kernel"}
-_BLOCKS = _block("blocks.{i}", "transformer/layers/block", _QKV, _SWIGLU)
-_PATCH = _linear("s_embedder.proj", "patch_embedding")
-_QUERY = _linear("x_embedder.embedder.0", "decoder/query")
+_PATCH = {
+    "s_embedder.proj.weight": "patch_embedding/kernel",
+    "s_embedder.proj.bias": "patch_embedding/bias",
+}
+_QUERY = {
+    "x_embedder.embedder.0.weight": "decoder/query/kernel",
+    "x_embedder.embedder.0.bias": "decoder/query/bias",
+}
+_BLOCKS = {
+    "blocks.{i}.norm1.weight": "transformer/layers/block/attention_norm/scale",
+    "blocks.{i}.attn.qkv.weight": "transformer/layers/block/attention/qkv/kernel",
+    "blocks.{i}.attn.q_norm.weight": "transformer/layers/block/attention/query_norm/scale",
+    "blocks.{i}.attn.k_norm.weight": "transformer/layers/block/attention/key_norm/scale",
+    "blocks.{i}.attn.proj.weight": "transformer/layers/block/attention/out/kernel",
+    "blocks.{i}.attn.proj.bias": "transformer/layers/block/attention/out/bias",
+    "blocks.{i}.norm2.weight": "transformer/layers/block/mlp_norm/scale",
+    "blocks.{i}.mlp.w1.weight": "transformer/layers/block/mlp/gate/kernel",
+    "blocks.{i}.mlp.w3.weight": "transformer/layers/block/mlp/up/kernel",
+    "blocks.{i}.mlp.w2.weight": "transformer/layers/block/mlp/down/kernel",
+    "blocks.{i}.adaLN_modulation.0.weight": "transformer/layers/block/modulation/kernel",
+    "blocks.{i}.adaLN_modulation.0.bias": "transformer/layers/block/modulation/bias",
+}
 _PIXEL_DECODER = {
-    **_linear("dec_net.cond_embed", "decoder/condition"),
-    **_linear("dec_net.input_proj", "decoder/in"),
+    "dec_net.cond_embed.weight": "decoder/condition/kernel",
+    "dec_net.cond_embed.bias": "decoder/condition/bias",
+    "dec_net.input_proj.weight": "decoder/in/kernel",
+    "dec_net.input_proj.bias": "decoder/in/bias",
     "dec_net.res_blocks.{j}.in_ln.weight": "decoder/block_{j}/norm/scale",
     "dec_net.res_blocks.{j}.in_ln.bias": "decoder/block_{j}/norm/bias",
-    **_linear("dec_net.res_blocks.{j}.mlp.0", "decoder/block_{j}/in"),
-    **_linear("dec_net.res_blocks.{j}.mlp.2", "decoder/block_{j}/out"),
-    **_linear("dec_net.res_blocks.{j}.adaLN_modulation.1", "decoder/block_{j}/modulation"),
-    **_linear("dec_net.final_layer.linear", "decoder/out"),
+    "dec_net.res_blocks.{j}.mlp.0.weight": "decoder/block_{j}/in/kernel",
+    "dec_net.res_blocks.{j}.mlp.0.bias": "decoder/block_{j}/in/bias",
+    "dec_net.res_blocks.{j}.mlp.2.weight": "decoder/block_{j}/out/kernel",
+    "dec_net.res_blocks.{j}.mlp.2.bias": "decoder/block_{j}/out/bias",
+    "dec_net.res_blocks.{j}.adaLN_modulation.1.weight": "decoder/block_{j}/modulation/kernel",
+    "dec_net.res_blocks.{j}.adaLN_modulation.1.bias": "decoder/block_{j}/modulation/bias",
+    "dec_net.final_layer.linear.weight": "decoder/out/kernel",
+    "dec_net.final_layer.linear.bias": "decoder/out/bias",
 }
 
-# Each in the order of PyTorch's modules, by which its optimisers number the parameters.
 DECO = {**_QUERY, **_PATCH, **_TIME, **_LABEL, **_BLOCKS, **_PIXEL_DECODER}
 
 DECO_TEXT = {
@@ -58,24 +57,44 @@ DECO_TEXT = {
     **_PATCH,
     **_QUERY,
     **_TIME,
-    **_linear("y_embedder.proj", "text_embedding/in"),
+    "y_embedder.proj.weight": "text_embedding/in/kernel",
+    "y_embedder.proj.bias": "text_embedding/in/bias",
     "y_embedder.norm.weight": "text_embedding/norm/scale",
-    **_block(
-        "blocks.{i}",
-        "transformer/layers/block",
-        {"attn.qkv_x.weight": "attention/qkv/kernel", "attn.kv_y.weight": "attention/text_kv/kernel"},
-        _FUSED_SWIGLU,
-    ),
+    "blocks.{i}.norm1.weight": "transformer/layers/block/attention_norm/scale",
+    "blocks.{i}.attn.qkv_x.weight": "transformer/layers/block/attention/qkv/kernel",
+    "blocks.{i}.attn.kv_y.weight": "transformer/layers/block/attention/text_kv/kernel",
+    "blocks.{i}.attn.q_norm.weight": "transformer/layers/block/attention/query_norm/scale",
+    "blocks.{i}.attn.k_norm.weight": "transformer/layers/block/attention/key_norm/scale",
+    "blocks.{i}.attn.proj.weight": "transformer/layers/block/attention/out/kernel",
+    "blocks.{i}.attn.proj.bias": "transformer/layers/block/attention/out/bias",
+    "blocks.{i}.norm2.weight": "transformer/layers/block/mlp_norm/scale",
+    "blocks.{i}.mlp.w12.weight": "transformer/layers/block/mlp/in/kernel",
+    "blocks.{i}.mlp.w3.weight": "transformer/layers/block/mlp/down/kernel",
+    "blocks.{i}.adaLN_modulation.0.weight": "transformer/layers/block/modulation/kernel",
+    "blocks.{i}.adaLN_modulation.0.bias": "transformer/layers/block/modulation/bias",
     **_PIXEL_DECODER,
-    **_block("text_refine_blocks.{t}", "text/layers/block", _QKV, _FUSED_SWIGLU),
+    "text_refine_blocks.{t}.norm1.weight": "text/layers/block/attention_norm/scale",
+    "text_refine_blocks.{t}.attn.qkv.weight": "text/layers/block/attention/qkv/kernel",
+    "text_refine_blocks.{t}.attn.q_norm.weight": "text/layers/block/attention/query_norm/scale",
+    "text_refine_blocks.{t}.attn.k_norm.weight": "text/layers/block/attention/key_norm/scale",
+    "text_refine_blocks.{t}.attn.proj.weight": "text/layers/block/attention/out/kernel",
+    "text_refine_blocks.{t}.attn.proj.bias": "text/layers/block/attention/out/bias",
+    "text_refine_blocks.{t}.norm2.weight": "text/layers/block/mlp_norm/scale",
+    "text_refine_blocks.{t}.mlp.w12.weight": "text/layers/block/mlp/in/kernel",
+    "text_refine_blocks.{t}.mlp.w3.weight": "text/layers/block/mlp/down/kernel",
+    "text_refine_blocks.{t}.adaLN_modulation.0.weight": "text/layers/block/modulation/kernel",
+    "text_refine_blocks.{t}.adaLN_modulation.0.bias": "text/layers/block/modulation/bias",
 }
 
 BASELINE = {
-    **_linear("x_embedder.proj", "patch_embedding"),
+    "x_embedder.proj.weight": "patch_embedding/kernel",
+    "x_embedder.proj.bias": "patch_embedding/bias",
     **_TIME,
     **_LABEL,
-    **_linear("final_layer.linear", "out"),
-    **_linear("final_layer.adaLN_modulation.0", "out_modulation"),
+    "final_layer.linear.weight": "out/kernel",
+    "final_layer.linear.bias": "out/bias",
+    "final_layer.adaLN_modulation.0.weight": "out_modulation/kernel",
+    "final_layer.adaLN_modulation.0.bias": "out_modulation/bias",
     **_BLOCKS,
 }
 
@@ -85,10 +104,19 @@ PIXNERD = {
     **_TIME,
     **_LABEL,
     "final_layer.norm.weight": "decoder/norm/scale",
-    **_linear("final_layer.linear", "decoder/out"),
+    "final_layer.linear.weight": "decoder/out/kernel",
+    "final_layer.linear.bias": "decoder/out/bias",
     **_BLOCKS,
-    **_linear("blocks.{i+j}.param_generator1.0", "decoder/block_{j}/generator"),
+    "blocks.{i+j}.param_generator1.0.weight": "decoder/block_{j}/generator/kernel",
+    "blocks.{i+j}.param_generator1.0.bias": "decoder/block_{j}/generator/bias",
     "blocks.{i+j}.norm.weight": "decoder/block_{j}/norm/scale",
 }
 
-PROJECTOR = {**_linear("proj.0.0", "in"), **_linear("proj.0.2", "middle"), **_linear("proj.0.4", "out")}
+PROJECTOR = {
+    "proj.0.0.weight": "in/kernel",
+    "proj.0.0.bias": "in/bias",
+    "proj.0.2.weight": "middle/kernel",
+    "proj.0.2.bias": "middle/bias",
+    "proj.0.4.weight": "out/kernel",
+    "proj.0.4.bias": "out/bias",
+}

@@ -1,4 +1,4 @@
-"""The networks in a weight file, and one set of them as our parameters."""
+"""Which networks are in a weight file, and how does one set of its weights become our parameters?"""
 
 import dataclasses
 import os
@@ -7,23 +7,21 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from deco_jax.checkpoints import store as checkpoint
-from deco_jax.config import default_config
+from deco_jax.checkpoints import store
+from deco_jax.config import build_model, default_config
 from deco_jax.diffusion.flow import PREDICTIONS
 from deco_jax.errors import UsageError
-from deco_jax.models import Projector, build_model
-from deco_jax.models.build import KINDS
+from deco_jax.models import Projector
+from deco_jax.models.build import KINDS, parameter_shapes
 from deco_jax.pretrained import names
 from deco_jax.pretrained.infer import ARCHITECTURES, infer, split_networks
 from deco_jax.weights import translate
 from deco_jax.weights.files import Weights, open_weights
-from deco_jax.weights.tensors import short
-
-RUNNABLE = tuple(KINDS)  # architectures that have a Flax module
+from deco_jax.weights.tensors import naming, short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,32 +38,29 @@ class Stored:
         """Names of the network's parameters."""
         return ARCHITECTURES[self.sizes["kind"]][0]
 
-    def has(self, which: str) -> bool:
-        """Whether `weights` has an answer."""
-        try:
-            return bool(self.weights(which))
-        except UsageError:
-            return False
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """For which of "ema" and "online" there are weights; a file with a single set, and no word, has both."""
+        if "only" not in self.networks:
+            return tuple(which for which in ("ema", "online") if which in self.networks)
+        said = self.file.metadata.get("weights")
+        return (said,) if said in ("ema", "online") else ("ema", "online")
 
     def weights(self, which: str) -> dict[str, Any]:
-        """The "ema" or the "online" tensors; a file with a single set and no word about it gives that for both.
+        """The "ema" or the "online" tensors.
 
         Raises:
           UsageError: it has the other only.
         """
-        if which in self.networks:
-            return self.networks[which]
-        said = self.file.metadata.get("weights")
-        if "only" in self.networks and said not in {"ema", "online"} - {which}:
-            return self.networks["only"]
-        has = ", ".join(sorted(set(self.networks) & {"ema", "online"})) or said
-        raise UsageError(f"{self.path} holds no {which} weights, but: {has}.")
+        if which not in self.sets:
+            raise UsageError(f"{self.path} holds no {which} weights, but: {', '.join(self.sets)}.")
+        return self.networks["only" if "only" in self.networks else which]
 
 
 def is_weight_file(path: str | os.PathLike) -> bool:
     """Whether `path` is a file, or a Hugging Face folder: not a workdir or checkpoint of ours."""
     given = pathlib.Path(path).expanduser()
-    if (given / checkpoint.FOLDER).is_dir():  # whatever else lies in a workdir
+    if (given / store.FOLDER).is_dir():  # whatever else lies in a workdir
         return False
     endings = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
     return given.is_file() or (given.is_dir() and any(any(given.glob(ending)) for ending in endings))
@@ -83,7 +78,7 @@ def open_networks(path: str | os.PathLike, prediction: str | None = None) -> Sto
         something else.
     """
     file = open_weights(pathlib.Path(path).expanduser())
-    try:
+    with naming(path):
         networks = split_networks(file.tensors)
         sets = [networks[which] for which in ("ema", "online", "only") if which in networks]
         if not sets:
@@ -91,8 +86,6 @@ def open_networks(path: str | os.PathLike, prediction: str | None = None) -> Sto
         sizes = [infer({name: tuple(tensor.shape) for name, tensor in tensors.items()}) for tensors in sets]
         if sizes[0] != sizes[-1]:
             raise UsageError(f"its EMA and online networks differ: {sizes[0]} and {sizes[-1]}.")
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
     said = [place["prediction"] for place in (file.metadata, file.config, file.rest) if "prediction" in place]
     prediction = settle_prediction(path, said, prediction)
     if prediction is None and sizes[0]["kind"] == "baseline":
@@ -134,22 +127,14 @@ def model_config(stored: Stored) -> ConfigDict:
       UsageError: it is a network that this version cannot run.
     """
     kind = stored.sizes["kind"]
-    if kind not in RUNNABLE:
+    if kind not in KINDS:
         known = ", ".join(f"{name} {size}" for name, size in stored.sizes.items() if name != "kind")
         raise UsageError(
-            f"{stored.path} holds a {kind} network ({known}); this version runs and converts: {', '.join(RUNNABLE)}."
+            f"{stored.path} holds a {kind} network ({known}); this version runs and converts: {', '.join(KINDS)}."
         )
     config = default_config().model
     config.update(stored.sizes)
     return config
-
-
-def parameter_shapes(model: nn.Module) -> Any:
-    """Shapes of a network's parameters, without computing any."""
-    p = model.patch_size
-    shape = jax.ShapeDtypeStruct
-    inputs = shape((1, p, p, 3), np.float32), shape((1,), np.float32), shape((1,), np.int32)
-    return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
 
 
 def read_network(stored: Stored, which: str, watch: Callable[[Iterable], Iterable] = iter) -> Any:
@@ -164,9 +149,10 @@ def read_network(stored: Stored, which: str, watch: Callable[[Iterable], Iterabl
     return translate.from_torch(stored.table, stored.weights(which), like, watch)
 
 
-def read_projector(stored: Stored, tensors: dict[str, Any]) -> Any:
-    """Tensors of the alignment's projector as our parameters."""
+def read_projector(stored: Stored) -> Any:
+    """The alignment's projector as our parameters."""
+    tensors = stored.networks["projector"]
     features = tensors["proj.0.4.weight"].shape[0] if "proj.0.4.weight" in tensors else 0
-    tokens = jax.ShapeDtypeStruct((1, 1, stored.sizes["width"]), np.float32)
-    like = nn.meta.unbox(jax.eval_shape(Projector(features).init, jax.random.key(0), tokens)["params"])
+    tokens = jnp.zeros((1, 1, stored.sizes["width"]))
+    like = nn.meta.unbox(jax.eval_shape(lambda: Projector(features).init(jax.random.key(0), tokens)["params"]))
     return translate.from_torch(names.PROJECTOR, tensors, like)

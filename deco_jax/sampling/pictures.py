@@ -1,11 +1,12 @@
-"""Pictures on disk: single images and grids, written beside and then renamed."""
+"""How do images get onto disk, one by one and as grids?"""
 
 import math
-import os
 import pathlib
 
 import numpy as np
 from PIL import Image
+
+from deco_jax.storage import write_beside
 
 
 def make_grid(images_BxHxWx3: np.ndarray, columns: int) -> np.ndarray:
@@ -21,7 +22,5 @@ def make_grid(images_BxHxWx3: np.ndarray, columns: int) -> np.ndarray:
 
 def save_png(image_HxWx3: np.ndarray, path: pathlib.Path) -> None:
     """Writes a uint8 image as PNG; a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    Image.fromarray(image_HxWx3).save(temporary, format="PNG")
-    temporary.replace(path)
+    with write_beside(path) as draft:
+        Image.fromarray(image_HxWx3).save(draft, format="PNG")

@@ -1,17 +1,19 @@
-"""`deco_jax.sample`: images from a network, its parameters and labels."""
+"""`deco_jax.sample`: images from a network, its parameters, and what they are to show."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax import Array
 
 from deco_jax.errors import UsageError
-from deco_jax.sampling.solvers import SOLVERS, check_sampling, time_grid
+from deco_jax.sampling.guidance import guided_slope
+from deco_jax.sampling.settings import Sampling
+from deco_jax.sampling.solvers import SOLVERS, integrate
 
 
 def sample(
@@ -22,25 +24,25 @@ def sample(
     *,
     noise: Array | None = None,
     image_size: int | tuple[int, int] | None = None,
-    steps: int = 50,
-    guidance: float = 1.0,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    shift: float = 1.0,
-    solver: str = "euler",
+    negative: Array | Sequence[int | str] | None = None,
+    settings: Sampling = Sampling(),  # noqa: B008 (it is frozen)
+    **changes: Any,
 ) -> Array:
-    """Generates one image a label.
+    """Generates one image per label.
 
     Args:
       model, params: see `build_model` and `load_pretrained`.
-      labels: (B,) integers in [0, model.num_classes); the string "null" asks for the null class.
+      labels: (B,) what the images show, as the network's condition reads it: integers in [0, model.num_classes); the
+        string "null" asks for the null class.
       key: of the starting noise; image i starts from `image_noise(key, i, …)` whatever the batch.
       noise: (B, H, W, 3), the starting noise itself; replaces key and image_size.
       image_size: side or (height, width) in pixels; needed with key.
-      steps: of the solver.
-      guidance: weight of classifier-free guidance; 1 is none (and half the work).
-      guidance_interval: guidance acts on steps that start at t with low < t ≤ high (0 = noise, 1 = data).
-      shift: time shift; above 1 spends more steps near noise.
-      solver: one of `diffusion.samplers.SOLVERS`.
+      negative: (B,) what guidance leads away from, in place of the null class.
+      settings: all settings of the sampler at once.
+      **changes: fields of `settings` that differ: steps (50), solver ("euler"), guidance (1.0: none, and half the
+        work), guidance_interval ((0.0, 1.0): guidance acts on steps that start at t with low < t ≤ high; 0 = noise,
+        1 = data), shift (1.0; above 1 spends more steps near noise), last (0.0; length of the last step before the
+        shift, 0 = 1/steps).
 
     Returns:
       (B, H, W, 3) fp32, data range [-1, 1], not clipped.
@@ -48,39 +50,22 @@ def sample(
     Raises:
       UsageError: an argument is missing or out of range.
     """
-    check_sampling(steps, guidance, guidance_interval, shift, solver)
-    labels_B = label_numbers(labels, model)
+    settings = dataclasses.replace(settings, **changes)
+    number = len(labels)
+    condition, null = (
+        jax.tree.map(jnp.asarray, model.condition.read(requests))
+        for requests in (labels, [model.condition.nothing] * number if negative is None else negative)
+    )
+    if negative is not None and len(negative) != number:
+        raise UsageError(f"negative has {len(negative)} entries; {number} labels need as many.")
     if noise is None:
         if key is None or image_size is None:
             raise UsageError("sample needs noise=…, or key=… together with image_size=….")
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        noise = image_noise(key, jnp.arange(len(labels_B)), (height, width, 3))
-    if noise.ndim != 4 or noise.shape[0] != len(labels_B) or noise.shape[3] != 3:
-        raise UsageError(f"noise has shape {noise.shape}; {len(labels_B)} labels need ({len(labels_B)}, H, W, 3).")
-    run = compiled_sampler(model, steps, float(guidance), tuple(map(float, guidance_interval)), float(shift), solver)
-    return run(params, jnp.asarray(noise), jnp.asarray(labels_B, jnp.int32))
-
-
-def label_numbers(labels: Array | Sequence[int | str], model: nn.Module) -> np.ndarray:
-    """Labels as the network takes them, (B,) int32.
-
-    Raises:
-      UsageError: one is neither a class of the network nor "null".
-    """
-    values = list(np.asarray(labels) if hasattr(labels, "dtype") else labels)
-    wrong = [
-        value
-        for value in values
-        if not (isinstance(value, str) and value == "null")
-        and not (isinstance(value, int | np.integer) and 0 <= value < model.num_classes)
-    ]
-    if wrong:
-        shown = ", ".join(str(value) for value in wrong[:5])
-        raise UsageError(
-            f"labels {shown} do not exist; the network has the classes 0 to {model.num_classes - 1} "
-            'and, by that name, "null".'
-        )
-    return np.array([model.null_label if isinstance(value, str) else value for value in values], np.int32)
+        noise = image_noise(key, jnp.arange(number), (height, width, 3))
+    if noise.ndim != 4 or noise.shape[0] != number or noise.shape[3] != 3:
+        raise UsageError(f"noise has shape {noise.shape}; {number} labels need ({number}, H, W, 3).")
+    return compiled_sampler(model, settings)(params, jnp.asarray(noise), condition, null)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -90,18 +75,16 @@ def image_noise(key: Array, indices: Array, shape: tuple[int, int, int]) -> Arra
 
 
 @functools.lru_cache(maxsize=16)
-def compiled_sampler(
-    model: nn.Module, steps: int, guidance: float, interval: tuple[float, float], shift: float, solver: str
-) -> Callable[..., Array]:
-    """The jitted solver for these settings; (params, noise, labels) → images."""
-    times = time_grid(steps, shift)
+def compiled_sampler(model: nn.Module, settings: Sampling) -> Callable[..., Array]:
+    """The jitted sampler of these settings: (params, noise, condition, null) → images."""
 
     @jax.jit
-    def run(params, noise_BxHxWx3, labels_B):
-        def velocity(x, t, labels):
-            return model.apply({"params": params}, x, t, labels)
+    def run(params: Any, noise_BxHxWx3: Array, condition: Any, null: Any) -> Array:
+        def velocity(x: Array, t_B: Array, condition: Any) -> Array:
+            return model.apply({"params": params}, x, t_B, condition)
 
-        null_B = jnp.full_like(labels_B, model.null_label)
-        return SOLVERS[solver](velocity, noise_BxHxWx3, labels_B, null_B, times, guidance, interval)
+        slope = guided_slope(velocity, condition, null, settings.guidance, settings.guided_steps)
+        images, _ = integrate(SOLVERS[settings.solver], slope, noise_BxHxWx3, settings.times, settings.guided_steps)
+        return images
 
     return run

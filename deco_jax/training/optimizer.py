@@ -1,4 +1,4 @@
-"""AdamW and its learning rate, every hyper-parameter written out (SPEC section 6)."""
+"""AdamW and its learning rate, every hyper-parameter written out (docs/model.md, section 6)."""
 
 import jax.numpy as jnp
 import optax
@@ -23,17 +23,26 @@ def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:
-    """AdamW with decoupled weight decay on every parameter, after an optional clip of the global gradient norm.
+    """AdamW with decoupled weight decay on every parameter.
+
+    Its state has the same layout whatever the settings, so that a run may go on with others.
 
     Args:
       config: the `optimizer` part of a configuration.
       total_steps: of the run, for the learning rate's decay.
     """
-    adamw = optax.adamw(
+    return optax.adamw(
         learning_rate(config, total_steps),
         b1=config.beta1,
         b2=config.beta2,
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+
+
+def clip(gradients: optax.Updates, config: ConfigDict) -> optax.Updates:
+    """The gradients, shortened to a global norm of `clip_norm` if they are longer; 0 leaves them."""
+    if not config.clip_norm:
+        return gradients
+    gradients, _ = optax.clip_by_global_norm(config.clip_norm).update(gradients, optax.EmptyState())
+    return gradients

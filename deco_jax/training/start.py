@@ -1,7 +1,11 @@
-"""The state a run starts from: its shapes and shardings, and its first values."""
+"""What does a run begin with? Its devices, data and frozen networks; its state's shapes and first values."""
 
-import math
+import dataclasses
+import functools
+import hashlib
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,13 +13,68 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from deco_jax.checkpoints import store as checkpoint
-from deco_jax.config import default_config
+from deco_jax.checkpoints import store
+from deco_jax.data.features import StoredFeatures, open_features
+from deco_jax.data.pipeline import fingerprint
+from deco_jax.data.sources import Source, open_source
+from deco_jax.encoders.frozen import FrozenWeights
+from deco_jax.encoders.teacher import load_teacher
 from deco_jax.errors import UsageError
-from deco_jax.models.build import KINDS
+from deco_jax.models.build import network_fields
 from deco_jax.parallel import mesh as meshes
+from deco_jax.parallel import processes
+from deco_jax.parallel.mesh import Layout
+from deco_jax.training.overview import parameter_table
 from deco_jax.training.state import TrainState, init_state
-from deco_jax.training.step import Trainer, make_trainer
+from deco_jax.training.step import TrainStep, make_train_step
+from deco_jax.version import __version__
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is made of, apart from its state."""
+
+    layout: Layout
+    source: Source
+    train_step: TrainStep
+    frozen: tuple[FrozenWeights, ...]  # of the networks in the step
+    features: StoredFeatures | None  # a teacher's, in place of the teacher
+    fingerprint: str  # of the data
+
+    @property
+    def teacher_digest(self) -> str:
+        """Which teacher's features the run is aligned to; "" = none's."""
+        if self.features is not None:
+            return self.features.digest
+        return next((weights.digest for weights in self.frozen if weights.network.name == "teacher"), "")
+
+
+def open_parts(config: ConfigDict) -> Parts:
+    """Opens all that `config` names.
+
+    Raises:
+      UsageError: something is not there, or does not fit the rest.
+    """
+    layout = meshes.make_layout(config.mesh)
+    check_devices(config, layout.mesh)
+    source = open_source(config.data)
+    frozen, features = (), None
+    if config.loss.alignment_weight and config.teacher.stored:
+        features = open_features(config, source)
+    elif config.loss.alignment_weight:
+        frozen = (load_teacher(config),)
+    train_step = make_train_step(config, [weights.network for weights in frozen])
+    train_step.network.condition.check_data(source.condition)
+    return Parts(layout, source, train_step, frozen, features, fingerprint(config.data, config.seed, source))
+
+
+def check_processes_agree(config: ConfigDict, parts: Parts) -> None:
+    """A run whose processes differ in program, settings or data would hang, or train on what nobody asked for."""
+    processes.assert_equal("the version of deco_jax and jax", f"{__version__}, {jax.__version__}")
+    settings = hashlib.sha256(config.to_json_best_effort().encode()).hexdigest()[:16]
+    processes.assert_equal("the configuration (a hash)", settings)
+    processes.assert_equal("the data's fingerprint", parts.fingerprint)
+    processes.assert_equal("the teacher (a hash)", parts.teacher_digest)
 
 
 def check_devices(config: ConfigDict, mesh: Mesh) -> None:
@@ -40,47 +99,28 @@ def check_devices(config: ConfigDict, mesh: Mesh) -> None:
         raise UsageError("model.attention='cudnn' needs an NVIDIA GPU; 'default' runs everywhere.")
 
 
-def _initialise(trainer: Trainer, image_size: int):
+def _initialise(train_step: TrainStep) -> Callable[[], TrainState]:
     """The function that makes a fresh state from the run's seed, still with logical axis names."""
-    return lambda: init_state(
-        jax.random.fold_in(jax.random.key(trainer.config.seed), 2**31 - 1),  # no step draws from this key
-        trainer.network,
-        trainer.projector,
-        trainer.optimizer,
-        image_size,
+    return functools.partial(
+        init_state,
+        jax.random.fold_in(jax.random.key(train_step.config.seed), 2**31 - 1),  # no step draws from this key
+        train_step.network,
+        train_step.projector,
+        train_step.optimizer,
+        train_step.config.model.patch_size,
     )
 
 
-def _boxed_state(trainer: Trainer, mesh: Mesh) -> TrainState:
+def _boxed_state(train_step: TrainStep, layout: Layout) -> TrainState:
     """Shapes and dtypes, still with logical axis names."""
-    with meshes.use_mesh(mesh):
-        return jax.eval_shape(_initialise(trainer, trainer.config.model.patch_size))
+    with meshes.use_mesh(layout):
+        return jax.eval_shape(_initialise(train_step))
 
 
-def parameter_table(trainer: Trainer, mesh: Mesh) -> str:
-    """A line for each parameter: name, shape, logical axes, mesh axes it is split over, bytes a device (fp32)."""
-    boxed = _boxed_state(trainer, mesh).params
-    rows, total = [("parameter", "shape", "logical axes", "split over", "bytes a device")], 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=meshes.is_boxed):
-        sharding, shape = meshes.state_shardings(leaf, mesh), leaf.value.shape
-        size = 4 * math.prod(sharding.shard_shape(shape))
-        total += size
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        axes = ", ".join(axis or "·" for axis in leaf.names)
-        parts = [part if isinstance(part, str) else "+".join(part or "·") for part in sharding.spec]
-        split = ", ".join(parts) if any(sharding.spec) else "copied"
-        rows.append((name, "×".join(map(str, shape)), axes, split, f"{size:,}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(
-        [*lines, f"Parameters: {total:,} bytes a device; EMA and both moments are as large and split alike."]
-    )
-
-
-def abstract_state(trainer: Trainer, mesh: Mesh) -> TrainState:
+def abstract_state(train_step: TrainStep, layout: Layout) -> TrainState:
     """Shapes, dtypes and shardings of a run's state, without computing it."""
-    boxed = _boxed_state(trainer, mesh)
-    shardings = meshes.state_shardings(boxed, mesh)
+    boxed = _boxed_state(train_step, layout)
+    shardings = meshes.state_shardings(boxed, layout)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings
     )
@@ -89,7 +129,7 @@ def abstract_state(trainer: Trainer, mesh: Mesh) -> TrainState:
 def abstract_on_host(config: ConfigDict) -> TrainState:
     """`abstract_state` of a run that has one device, a CPU: accelerators may be too small for a whole state."""
     mesh = Mesh(np.array(jax.local_devices(backend="cpu")[:1]).reshape(1, 1, 1), meshes.AXES)
-    return abstract_state(make_trainer(config), mesh)
+    return abstract_state(make_train_step(config), Layout(mesh))
 
 
 def find_weights(config: ConfigDict) -> tuple[pathlib.Path, int] | None:
@@ -101,12 +141,12 @@ def find_weights(config: ConfigDict) -> tuple[pathlib.Path, int] | None:
     path = config.train.init_from
     if not path:
         return None
-    folder, step = checkpoint.find_checkpoint(path)
-    theirs = default_config().model.to_dict() | checkpoint.read_meta(folder, step)["config"]["model"]
+    folder, step = store.find_checkpoint(path)
+    theirs, ours = store.read_config(folder, step).model, config.model
     different = [
-        f"model.{field}: {theirs[field]} there, {config.model[field]} here"
-        for field in ("kind", *KINDS[config.model.kind][1])
-        if theirs[field] != config.model[field]
+        f"model.{field}: {theirs[field]} there, {ours[field]} here"
+        for field in ("kind", *network_fields(ours.kind))
+        if theirs[field] != ours[field]
     ]
     if different:
         raise UsageError(f"train.init_from={path} holds another network: {'; '.join(different)}.")
@@ -114,23 +154,39 @@ def find_weights(config: ConfigDict) -> tuple[pathlib.Path, int] | None:
 
 
 def first_state(
-    trainer: Trainer, abstract: TrainState, mesh: Mesh, weights: tuple[pathlib.Path, int] | None = None
+    train_step: TrainStep, abstract: TrainState, layout: Layout, weights: tuple[pathlib.Path, int] | None = None
 ) -> TrainState:
     """A run's state before its first step: random, or with the weights that `find_weights` found.
 
     The projector is taken over as well where both runs align to features of the same size.
     """
-    make = _initialise(trainer, trainer.config.model.patch_size)
+    make = _initialise(train_step)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    with meshes.use_mesh(mesh):
+    with meshes.use_mesh(layout):
         state = jax.jit(lambda: nn.meta.unbox(make()), out_shardings=shardings)()
     if weights is None:
         return state
-    wanted = {"params": {"network": abstract.params["network"]}, "ema": abstract.ema}
-    meta, ours = checkpoint.read_meta(*weights), trainer.config.loss
-    theirs = meta["config"]["loss"]
-    aligned = ours.alignment_weight and theirs["alignment_weight"] and not meta.get("weights_only")
-    if aligned and theirs["alignment_features"] == ours.alignment_features:
+    wanted: dict[str, Any] = {"params": {"network": abstract.params["network"]}, "ema": abstract.ema}
+    ours, theirs = train_step.config.loss, store.read_config(*weights).loss
+    aligned = ours.alignment_weight and theirs.alignment_weight and not store.read_meta(*weights).get("weights_only")
+    if aligned and theirs.alignment_features == ours.alignment_features:
         wanted["params"]["projector"] = abstract.params["projector"]
-    part = checkpoint.restore_part(*weights, wanted)
+    part = store.restore_part(*weights, wanted)
     return state.replace(params={**state.params, **part["params"]}, ema=part["ema"])
+
+
+def summary(config: ConfigDict, parts: Parts, parameters: int, begin: str) -> str:
+    """What stands at the top of a run's output; `begin` says where its state comes from."""
+    table = parameter_table(_boxed_state(parts.train_step, parts.layout).params, parts.layout)
+    teacher = "."
+    if parts.features is not None:
+        teacher = f", aligned to the features in {config.teacher.stored}."
+    for weights in parts.frozen:
+        size = sum(x.size for x in jax.tree.leaves(weights.params))
+        teacher = f", aligned to the teacher {config.teacher.weights} ({size:,} parameters)."
+    shape = ", ".join(f"{axis} {size}" for axis, size in parts.layout.mesh.shape.items())
+    return (
+        f"{table}\nNetwork: {parameters:,} parameters{teacher} {jax.device_count()} × {jax.devices()[0].device_kind} "
+        f"as a mesh of {shape}; {jax.process_count()} process(es). "
+        f"Global batch {config.data.batch_size}. The run {begin}."
+    )

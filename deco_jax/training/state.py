@@ -38,8 +38,8 @@ def init_state(
       image_size: any side the network accepts; no parameter's shape depends on it.
     """
     network_key, projector_key = jax.random.split(key)
-    x, t, labels = jnp.zeros((1, image_size, image_size, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
-    params = {"network": network.init(network_key, x, t, labels)["params"]}
+    x, t, condition = jnp.zeros((1, image_size, image_size, 3)), jnp.zeros(1), network.condition.example(1)
+    params = {"network": network.init(network_key, x, t, condition)["params"]}
     if projector is not None:
         params["projector"] = projector.init(projector_key, jnp.zeros((1, 1, network.width)))["params"]
     return TrainState(

@@ -1,7 +1,8 @@
 """One training step as a pure function: draw, predict, differentiate, update."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,54 +10,96 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax import Array
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from deco_jax.config import build_model
 from deco_jax.diffusion.flow import Draws, draw, example_keys, to_float
 from deco_jax.diffusion.objective import Objective
-from deco_jax.encoders.dinov2 import model as dinov2
-from deco_jax.encoders.dinov2.model import DINOv2
-from deco_jax.encoders.teacher import teacher_features
-from deco_jax.models import Projector, build_model
+from deco_jax.encoders.frozen import Frozen
+from deco_jax.models import Projector
 from deco_jax.models.flops import forward_flops
-from deco_jax.parallel.mesh import notes_sharding, replicated
-from deco_jax.training.optimizer import learning_rate, make_optimizer
+from deco_jax.parallel.mesh import Layout, messages_sharding, replicated
+from deco_jax.training.optimizer import clip, learning_rate, make_optimizer
 from deco_jax.training.state import TrainState
 
+Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class Trainer:
-    """The fixed parts of a run and the step they make."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainStep:
+    """The fixed parts of a run; called, they make one step."""
 
     config: ConfigDict
     network: nn.Module
-    projector: nn.Module | None
-    teacher: DINOv2 | None  # None if nothing is aligned, or to features that come with the batch
+    projector: nn.Module | None  # None if nothing is aligned
+    frozen: tuple[Frozen, ...]  # networks that add fields to the batch, in this order
     objective: Objective
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
+    draw: Callable[[Array, tuple[int, int, int]], Draws]  # (one key per example, image shape) → what is random
 
-    def loss(
-        self, params: Any, images_BxHxWx3: Array, labels_B: Array, draws: Draws, features_BxNxF: Array | None
-    ) -> tuple[Array, Metrics]:
-        """The objective at `params`; see `Objective.__call__`."""
+    def __call__(self, state: TrainState, batch: Batch, frozen_params: Any = None) -> tuple[TrainState, Metrics]:
+        """One optimiser step on one global batch.
 
-        def network(*args, **kwargs):
+        Args:
+          state: donated by the caller's jit.
+          batch: image (B, H, W, 3) uint8; the fields of the network's condition; with alignment to stored features,
+            features (B, N, F).
+          frozen_params: of the frozen networks, by their names.
+
+        Returns:
+          (state, metrics); metrics are fp32 or int32 scalars.
+        """
+        parts = self.config.optimizer.accumulation
+        keys_B = example_keys(jax.random.key(self.config.seed), state.step, batch["image"].shape[0])
+
+        def split(x: Array) -> Array:
+            """(B, …) → (parts, B/parts, …), every device keeping its own examples."""
+            return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+        gradients = functools.partial(self._gradients, state.params, frozen_params)
+        if parts == 1:
+            grads, metrics = gradients((keys_B, batch))
+        else:
+            first = jax.eval_shape(gradients, jax.tree.map(lambda x: split(x)[0], (keys_B, batch)))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+            total, _ = jax.lax.scan(
+                lambda sums, part: (jax.tree.map(jnp.add, sums, gradients(part)), None),
+                zeros,
+                jax.tree.map(split, (keys_B, batch)),
+            )
+            grads, metrics = jax.tree.map(lambda x: x / parts, total)
+        return self.update(state, grads, metrics)
+
+    def _gradients(self, params: Any, frozen_params: Any, part: tuple[Array, Batch]) -> tuple[Any, Metrics]:
+        """(gradients, losses) of examples and their keys."""
+        keys, batch = part
+        images = nn.with_logical_constraint(to_float(batch["image"]), ("batch", None, None, None))
+        draws = self.draw(keys, images.shape[1:])
+        batch = {**self.network.condition.drop(batch, draws.drop_B), "image": images}
+        for frozen in self.frozen:
+            batch = frozen(frozen_params[frozen.name], batch)
+        (_, metrics), grads = jax.value_and_grad(self.loss, has_aux=True)(params, batch, draws)
+        return grads, metrics
+
+    def loss(self, params: Any, batch: Batch, draws: Draws) -> tuple[Array, Metrics]:
+        """The objective at `params`; see `Objective`. Images are fp32, conditions dropped where they are to be."""
+
+        def network(*args: Any, **kwargs: Any) -> Any:
             return self.network.apply({"params": params["network"]}, *args, **kwargs)
 
-        def project(tokens):
+        def project(tokens: Array) -> Array:
             return self.projector.apply({"params": params["projector"]}, tokens)
 
-        return self.objective(
-            network, project, images_BxHxWx3, labels_B, self.network.null_label, draws, features_BxNxF
-        )
+        condition = self.network.condition.from_batch(batch)
+        return self.objective(network, project, batch["image"], condition, draws, batch.get("features"))
 
     def update(self, state: TrainState, gradients: Any, metrics: Metrics) -> tuple[TrainState, Metrics]:
         """Applies gradients: optimiser, then EMA. A step whose loss or gradient is not finite changes neither."""
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        gradients = clip(gradients, self.config.optimizer)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 
@@ -85,110 +128,55 @@ class Trainer:
         }
         return state, metrics
 
-    def step(
-        self, state: TrainState, batch: dict[str, Array], teacher_params: Any = None
-    ) -> tuple[TrainState, Metrics]:
-        """One optimiser step on one global batch.
 
-        Args:
-          state: donated by the caller's jit.
-          batch: image (B, H, W, 3) uint8; label (B,) int32; with alignment to stored features, features (B, N, F).
-          teacher_params: of the teacher, if there is one; see `encoders.teacher.place`.
-
-        Returns:
-          (state, metrics); metrics are fp32 or int32 scalars.
-        """
-        config, parts = self.config, self.config.optimizer.accumulation
-        keys_B = example_keys(jax.random.key(config.seed), state.step, batch["image"].shape[0])
-
-        def split(x: Array) -> Array:
-            """(B, …) → (parts, B/parts, …), every device keeping its own examples."""
-            return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
-
-        def gradients(part: tuple[Array, dict[str, Array]]) -> tuple[Any, Metrics]:
-            keys, batch = part
-            images = to_float(batch["image"])
-            images = nn.with_logical_constraint(images, ("batch", None, None, None))
-            flow = config.flow
-            draws = draw(keys, images.shape[1:], flow.time_distribution, flow.time_shift, flow.null_probability)
-            features = batch.get("features")
-            if self.teacher is not None:
-                features = teacher_features(self.teacher, teacher_params, images)
-            (_, metrics), grads = jax.value_and_grad(self.loss, has_aux=True)(
-                state.params, images, batch["label"], draws, features
-            )
-            return grads, metrics
-
-        if parts == 1:
-            grads, metrics = gradients((keys_B, batch))
-        else:
-            first = jax.eval_shape(gradients, jax.tree.map(lambda x: split(x)[0], (keys_B, batch)))
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-            total, _ = jax.lax.scan(
-                lambda sums, part: (jax.tree.map(jnp.add, sums, gradients(part)), None),
-                zeros,
-                jax.tree.map(split, (keys_B, batch)),
-            )
-            grads, metrics = jax.tree.map(lambda x: x / parts, total)
-        return self.update(state, grads, metrics)
+def make_train_step(config: ConfigDict, frozen: Sequence[Frozen] = ()) -> TrainStep:
+    """Puts a run's fixed parts together from its configuration, and the frozen networks that work in every step."""
+    loss, flow = config.loss, config.flow
+    projector = Projector(loss.alignment_features, jnp.dtype(config.model.dtype)) if loss.alignment_weight else None
+    terms = {field.name: loss[field.name] for field in dataclasses.fields(Objective) if field.name in loss}
+    return TrainStep(
+        config=config,
+        network=build_model(config.model),
+        projector=projector,
+        frozen=tuple(frozen),
+        objective=Objective(**terms, prediction=config.model.prediction),
+        optimizer=make_optimizer(config.optimizer, config.train.steps),
+        schedule=learning_rate(config.optimizer, config.train.steps),
+        draw=lambda keys_B, shape: draw(keys_B, shape, flow.time_distribution, flow.time_shift, flow.null_probability),
+    )
 
 
-def jit_step(trainer: Trainer, abstract: TrainState, mesh: Mesh) -> Callable[..., Any]:
-    """The step as one program, to be called within `use_mesh(mesh)`.
+def jit_step(train_step: TrainStep, abstract: TrainState, layout: Layout) -> Callable[..., Any]:
+    """The step as one program, to be called within `use_mesh(layout)`.
 
-    It is (state, batch, notes, teacher's parameters or None) → (state, metrics, notes).
+    It is (state, batch, messages, frozen networks' parameters by name) → (state, metrics, messages).
 
     Args:
-      trainer: whose step it is.
+      train_step: whose program it is.
       abstract: shapes and shardings of its state (see `abstract_state`); the state is donated.
-      mesh: what both lie on.
+      layout: what both lie on.
 
-    Notes are what each process tells the others (see `place_notes`): a row a device on the way in, whole on every
-    process on the way out. Metrics are whole everywhere as well.
+    Messages are what each process tells the others (see `place_messages`): one row per device on the way in, whole on
+    every process on the way out. Metrics are whole everywhere as well.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    whole = replicated(mesh)
+    whole = replicated(layout.mesh)
 
-    def step(
-        state: TrainState, batch: dict[str, Array], notes: Array, teacher_params: Any
-    ) -> tuple[TrainState, Metrics, Array]:
-        state, metrics = trainer.step(state, batch, teacher_params)
+    def step(state: TrainState, batch: Batch, messages: Array, frozen: Any) -> tuple[TrainState, Metrics, Array]:
+        state, metrics = train_step(state, batch, frozen)
         # Sent when the step is done, not beside its collectives: simulated devices have too few threads for two at a
         # time and would wait for each other forever. The number is never negative, which the compiler cannot know.
         done = metrics["skipped_in_a_row"] >= 0
-        notes = jnp.where(done, notes, 0)
-        return state, metrics, jax.lax.with_sharding_constraint(notes, notes_sharding(mesh))
+        messages = jnp.where(done, messages, 0)
+        return state, metrics, jax.lax.with_sharding_constraint(messages, messages_sharding(layout.mesh))
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole, whole))
 
 
-def step_flops(trainer: Trainer, image_size: int) -> float:
-    """Floating-point operations that the mathematics of a step asks for, an image; 2 a multiply-add.
+def step_flops(train_step: TrainStep, image_size: int) -> float:
+    """Floating-point operations per image that the mathematics of a step asks for; 2 per multiply-add.
 
-    Three forward passes of the network, one of the teacher; the projector (below 1 % of them) is left out.
+    Three forward passes of the network, one of each frozen one; the projector (below 1 % of them) is left out.
     """
-    flops = 3 * forward_flops(trainer.network, image_size, image_size)
-    return flops + (0.0 if trainer.teacher is None else dinov2.forward_flops(trainer.teacher, image_size, image_size))
-
-
-def make_trainer(config: ConfigDict, teacher: DINOv2 | None = None) -> Trainer:
-    """Puts a run's fixed parts together from its configuration, and its teacher if that works in every step."""
-    loss = config.loss
-    projector = Projector(loss.alignment_features, jnp.dtype(config.model.dtype)) if loss.alignment_weight else None
-    return Trainer(
-        config=config,
-        network=build_model(config.model),
-        projector=projector,
-        teacher=teacher,
-        objective=Objective(
-            frequency_weight=loss.frequency_weight,
-            frequency_quality=loss.frequency_quality,
-            frequency_mode=loss.frequency_mode,
-            frequency_gamma=loss.frequency_gamma,
-            alignment_weight=loss.alignment_weight,
-            alignment_layer=loss.alignment_layer,
-            prediction=config.model.prediction,
-        ),
-        optimizer=make_optimizer(config.optimizer, config.train.steps),
-        schedule=learning_rate(config.optimizer, config.train.steps),
-    )
+    frozen = sum(network.forward_flops(image_size, image_size) for network in train_step.frozen)
+    return 3 * forward_flops(train_step.network, image_size, image_size) + frozen

@@ -1,39 +1,48 @@
-"""Which names may a weight file's pickle mention, and what stands for each here? This table is the whole list.
+"""Which names may a weight file's pickle mention, and what stands for each here? `ADMITTED`, at the end, is the list.
 
 Nothing here is PyTorch's or NumPy's own unpickling code: every entry is a small function of ours that makes a tensor, a
 plain container or a number, and checks what it is given. What is not in the table is refused by its name.
 """
 
+import contextlib
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from deco_jax.errors import UsageError
+from deco_jax.weights.budget import Budget
 from deco_jax.weights.tensors import DTYPES, Tensor, check_shape, short
-
-if TYPE_CHECKING:
-    from deco_jax.weights.pickles import Unpickler
-
-MAX_PARTS = 1000  # of a path
 
 
 @dataclass(frozen=True, eq=False)
 class Admitted:
-    """What a pickle gets when it mentions `name`. `call` None: it may be mentioned, not called."""
+    """What a pickle gets when it mentions `name`. `make` None: it may be mentioned, not called."""
 
     name: str
-    call: Callable[..., Any] | None = None
-    arguments: tuple[int, int] = (0, 0)  # fewest and most
+    make: Callable[..., Any] | None = None  # (budget, *the pickle's arguments) → value
     dtype: np.dtype | None = None  # of a storage type
 
-    def __call__(self, unpickler: "Unpickler", arguments: tuple) -> Any:
-        """What REDUCE does."""
-        fewest, most = self.arguments
-        if self.call is None or not fewest <= len(arguments) <= most:
-            raise UsageError(f"the pickle inside calls {self.name} with {len(arguments)} arguments: it is damaged.")
-        return self.call(unpickler, *arguments)
+    @functools.cached_property
+    def _signature(self) -> inspect.Signature:
+        return inspect.signature(self.make)
+
+    def __call__(self, budget: Budget, arguments: tuple) -> Any:
+        """What the opcode REDUCE does.
+
+        Raises:
+          UsageError: it is not to be called, not with so many arguments, or not with these.
+        """
+        try:
+            self._signature.bind(budget, *arguments)
+        except TypeError:  # also of None, which has no signature
+            raise UsageError(
+                f"the pickle inside calls {self.name} with {short(arguments)}, which is not admitted."
+            ) from None
+        return self.make(budget, *arguments)
 
 
 class Attributes(dict):
@@ -41,34 +50,35 @@ class Attributes(dict):
 
 
 class Buildable:
-    """A value that a pickle makes first and fills by BUILD."""
+    """A value that a pickle makes first and fills by the opcode BUILD, whose argument `build(budget, state)` takes."""
 
-    def build(self, unpickler: "Unpickler", state: Any) -> None:
-        """Takes the BUILD's argument."""
-        raise NotImplementedError
+    plain: Any  # what the reader's caller gets
 
-    def plain(self, unpickler: "Unpickler") -> Any:
-        """What the reader's caller gets."""
-        raise NotImplementedError
+
+def _expect(value: Any, kind: Any, what: str) -> Any:
+    """`value`, if it is of this kind."""
+    if not isinstance(value, kind):
+        raise UsageError(f"{what} is {short(value)}: the file is damaged.")
+    return value
 
 
 # Tensors
 
 
-def _tensor(u, storage, offset, shape, strides) -> Tensor:
-    return u.tensor(storage, getattr(storage, "dtype", None), shape, strides, offset)
+def _tensor(budget, storage, offset, shape, strides) -> Tensor:
+    return budget.tensor(storage, getattr(storage, "dtype", None), shape, strides, offset)
 
 
-def _tensor_v2(u, storage, offset, shape, strides, requires_grad, hooks, metadata=None) -> Tensor:
+def _tensor_v2(budget, storage, offset, shape, strides, requires_grad, hooks, metadata=None) -> Tensor:
     _refuse_metadata(metadata)
-    return u.tensor(storage, getattr(storage, "dtype", None), shape, strides, offset)
+    return _tensor(budget, storage, offset, shape, strides)
 
 
-def _tensor_v3(u, storage, offset, shape, strides, requires_grad, hooks, dtype, metadata=None) -> Tensor:
+def _tensor_v3(budget, storage, offset, shape, strides, requires_grad, hooks, dtype, metadata=None) -> Tensor:
     _refuse_metadata(metadata)
     if not isinstance(dtype, str) or dtype.removeprefix("torch.") not in DTYPES:
         raise UsageError(f"a tensor's type is {short(dtype)}; the types read are {', '.join(DTYPES)}.")
-    return u.tensor(storage, DTYPES[dtype.removeprefix("torch.")], shape, strides, offset)
+    return budget.tensor(storage, DTYPES[dtype.removeprefix("torch.")], shape, strides, offset)
 
 
 def _refuse_metadata(metadata: Any) -> None:
@@ -76,132 +86,90 @@ def _refuse_metadata(metadata: Any) -> None:
         raise UsageError("a tensor is lazily conjugated or negated; save it after .resolve_conj().resolve_neg().")
 
 
-def _parameter(u, data, requires_grad, hooks, state=None) -> Tensor:
-    if not isinstance(data, Tensor):
-        raise UsageError(f"a parameter's data is {short(data)}: the file is damaged.")
-    return data
+def _parameter(budget, data, requires_grad, hooks, state=None) -> Tensor:
+    return _expect(data, Tensor, "a parameter's data")
 
 
-def _from_type(u, function, kind, arguments, state) -> Tensor:
+def _from_type(budget, function, kind, arguments, state) -> Tensor:
     """A tensor with Python attributes (left out); `kind` is its class."""
-    if function not in _BUILDERS or kind not in _TENSOR_CLASSES or not isinstance(arguments, tuple):
+    known = function in _TENSORS.values() and kind in _TENSOR_CLASSES.values()
+    if not known or not isinstance(arguments, tuple):
         raise UsageError("a tensor of a class of its own is not admitted; save plain tensors.")
-    return function(u, arguments)
+    return function(budget, arguments)
 
 
-_BUILDERS = tuple(
-    Admitted(f"torch._utils.{name}", call, arguments)
-    for name, call, arguments in (
-        ("_rebuild_tensor", _tensor, (4, 4)),
-        ("_rebuild_tensor_v2", _tensor_v2, (6, 7)),
-        ("_rebuild_tensor_v3", _tensor_v3, (7, 8)),
-        ("_rebuild_parameter", _parameter, (3, 3)),
-        ("_rebuild_parameter_with_state", _parameter, (4, 4)),
-    )
-)
-_TENSOR_CLASSES = (Admitted("torch.Tensor"), Admitted("torch.nn.parameter.Parameter"))
-
-_STORAGES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
-}
+# Containers and numbers. `budget.spend` pays for what is copied.
 
 
-# Containers and numbers. `u.spend` pays for what is copied.
-
-
-def _items(u, items: Any) -> Any:
-    if not isinstance(items, list | tuple | set | frozenset):
-        raise UsageError(f"a container is made from {short(items)}: the file is damaged.")
-    u.spend(len(items))
+def _items(budget, items: Any) -> Any:
+    budget.spend(len(_expect(items, list | tuple | set | frozenset, "what a container is made from")))
     return items
 
 
-def _dict(u, items=()) -> dict:
+def _dict(budget, items=()) -> dict:
     if isinstance(items, dict):
-        u.spend(len(items))
+        budget.spend(len(items))
         return dict(items)
-    pairs = _items(u, items)
+    pairs = _items(budget, items)
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         raise UsageError("a dict is made from what are not pairs: the file is damaged.")
-    return {u.key(key): value for key, value in pairs}
+    return {budget.key(key): value for key, value in pairs}
 
 
-def _attributes(u, *items) -> Attributes:
-    return Attributes(_dict(u, *items))
+def _default_dict(budget, factory=None, items=()) -> dict:
+    return _dict(budget, items)
 
 
-def _default_dict(u, factory=None, items=()) -> dict:
-    return _dict(u, items)
+def _attributes(budget, items=()) -> Attributes:
+    return Attributes(_dict(budget, items))
 
 
-def _list(u, items=()) -> list:
-    return list(_items(u, items))
+def _list(budget, items=()) -> list:
+    return list(_items(budget, items))
 
 
-def _set(u, items=()) -> set:
-    return {u.key(item) for item in _items(u, items)}
+def _set(budget, items=()) -> set:
+    return {budget.key(item) for item in _items(budget, items)}
 
 
-def _frozenset(u, items=()) -> frozenset:
-    return frozenset(_set(u, items))
+def _frozenset(budget, items=()) -> frozenset:
+    return frozenset(_set(budget, items))
 
 
-def _size(u, shape=()) -> tuple:
+def _size(budget, shape=()) -> tuple:
     return check_shape(shape)[0]
 
 
-def _encode(u, text, encoding="latin1") -> bytes:
-    """How Python 3 writes bytes in protocol 2."""
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise UsageError(f"bytes are made from {short(text)} in {short(encoding)}: the file is damaged.")
-    u.spend(len(text) // 64)
-    try:
-        return text.encode("latin1")
-    except UnicodeEncodeError:
-        raise UsageError(f"bytes are made from {short(text)}: the file is damaged.") from None
+def _bytes(budget, data=b"", encoding="latin1") -> bytes:
+    """Bytes, or the text as which Python 3 writes them in protocol 2."""
+    if isinstance(data, bytes):
+        return data
+    budget.spend(len(_expect(data, str, "what bytes are made from")) // 64)
+    if encoding in ("latin1", "latin-1"):
+        with contextlib.suppress(UnicodeEncodeError):
+            return data.encode("latin1")
+    raise UsageError(f"bytes are made from {short(data)} in {short(encoding)}: the file is damaged.")
 
 
-def _bytes(u, data=b"", encoding="latin1") -> bytes:
-    return data if isinstance(data, bytes) else _encode(u, data, encoding)
+def _complex(budget, real, imaginary) -> complex:
+    return complex(*(_expect(part, float, "a part of a complex number") for part in (real, imaginary)))
 
 
-def _complex(u, real, imaginary) -> complex:
-    if type(real) is not float or type(imaginary) is not float:
-        raise UsageError(f"a complex number is made from {short(real)} and {short(imaginary)}: the file is damaged.")
-    return complex(real, imaginary)
+def _text(budget, text) -> str:
+    return _expect(text, str, "a text")
 
 
-def _text(u, text) -> str:
-    if not isinstance(text, str):
-        raise UsageError(f"a text is made from {short(text)}: the file is damaged.")
-    return text
+def _device(budget, kind, index=None) -> str:
+    _expect(index, int | None, "a device's number")
+    return _joined(budget, ":", (kind,) if index is None else (kind, str(index)))
 
 
-def _device(u, kind, index=None) -> str:
-    if not isinstance(kind, str) or not (index is None or type(index) is int):
-        raise UsageError(f"a device is {short(kind)}:{short(index)}: the file is damaged.")
-    return _joined(u, ":", [kind] if index is None else [kind, str(index)])
+def _path(budget, *parts) -> str:
+    return _joined(budget, "/", parts).replace("//", "/", 1)
 
 
-def _path(u, *parts) -> str:
-    return _joined(u, "/", parts).replace("//", "/", 1)
-
-
-def _joined(u, separator: str, parts: Any) -> str:
-    if not all(isinstance(part, str) for part in parts):
-        raise UsageError("a path has parts that are not text: the file is damaged.")
-    u.spend(sum(len(part) for part in parts) // 64)
+def _joined(budget, separator: str, parts: tuple) -> str:
+    budget.spend(sum(len(_expect(part, str, "a part of a path or device")) for part in parts) // 64)
     return separator.join(parts)
 
 
@@ -212,104 +180,114 @@ class _Dtype(Buildable):
     """numpy.dtype of a number."""
 
     def __init__(self, dtype: np.dtype):
-        self.dtype = dtype
+        self.plain, self.dtype = str(dtype), dtype
 
-    def build(self, unpickler: "Unpickler", state: Any) -> None:
+    def build(self, budget: Budget, state: Any) -> None:
         order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
         if not isinstance(order, str) or order not in ("<", ">", "=", "|"):
             raise UsageError(f"a NumPy type's state is {short(state)}: the file is damaged.")
-        self.dtype = self.dtype.newbyteorder(order)
-
-    def plain(self, unpickler: "Unpickler") -> str:
-        return str(self.dtype)
+        self.__init__(self.dtype.newbyteorder(order))
 
 
 class _Array(Buildable):
     """numpy.ndarray of numbers."""
 
-    def __init__(self):
-        self.array = np.empty(0)
+    plain = np.empty(0)
 
-    def build(self, unpickler: "Unpickler", state: Any) -> None:
+    def build(self, budget: Budget, state: Any) -> None:
         if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[2], _Dtype):
             raise UsageError(f"a NumPy array's state is {short(state)}; only arrays of numbers are admitted.")
         _, shape, kind, fortran, data = state
         shape, size = check_shape(shape)
         if not isinstance(data, bytes) or len(data) != size * kind.dtype.itemsize:
             raise UsageError(f"a NumPy array of shape {shape} lacks bytes: the file is damaged.")
-        unpickler.spend(len(data) // 64)
+        budget.spend(len(data) // 64)
         array = np.frombuffer(data, kind.dtype) if size else np.empty(0, kind.dtype)
-        array = array.reshape(shape, order="F" if fortran else "C")
-        self.array = array.astype(kind.dtype.newbyteorder("="))
-
-    def plain(self, unpickler: "Unpickler") -> np.ndarray:
-        return self.array
+        self.plain = array.reshape(shape, order="F" if fortran else "C").astype(kind.dtype.newbyteorder("="))
 
 
 _NUMPY_TYPES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16")
 
 
-def _numpy_dtype(u, code, align=False, copy=False) -> _Dtype:
+def _numpy_dtype(budget, code, align=False, copy=False) -> _Dtype:
     if not isinstance(code, str) or code not in _NUMPY_TYPES:
         raise UsageError(f"a NumPy type is {short(code)}; only numbers are admitted: {', '.join(_NUMPY_TYPES)}.")
     return _Dtype(np.dtype(code))
 
 
-def _numpy_scalar(u, kind, data) -> Any:
+def _numpy_scalar(budget, kind, data) -> Any:
     if not isinstance(kind, _Dtype) or not isinstance(data, bytes) or len(data) != kind.dtype.itemsize:
         raise UsageError(f"a NumPy number is made from {short(data)}: the file is damaged.")
     return np.frombuffer(data, kind.dtype)[0].item()
 
 
-def _numpy_array(u, kind, shape, code) -> _Array:
+def _numpy_array(budget, kind, shape, code) -> _Array:
     return _Array()
 
 
-def _table() -> dict[str, Any]:
-    """ "module name" → stand-in."""
-    table: dict[str, Any] = {}
-
-    def add(modules: tuple[str, ...], name: str, call: Callable | None, fewest: int = 0, most: int = 0) -> None:
-        table.update({f"{m} {name}": Admitted(f"{m}.{name}", call, (fewest, most)) for m in modules})
-
-    for one in (*_BUILDERS, *_TENSOR_CLASSES):
-        table[" ".join(one.name.rsplit(".", 1))] = one
-    table.update({f"torch {n}": Admitted(f"torch.{n}", dtype=DTYPES[dtype]) for n, dtype in _STORAGES.items()})
-    table["torch.storage UntypedStorage"] = Admitted("torch.storage.UntypedStorage", dtype=DTYPES["uint8"])
-    table.update({f"torch {dtype}": f"torch.{dtype}" for dtype in DTYPES})
-    add(("torch._tensor",), "_rebuild_from_type_v2", _from_type, 4, 4)
-    add(("torch",), "Size", _size, 0, 1)
-    add(("torch",), "device", _device, 1, 2)
-    add(("torch.torch_version",), "TorchVersion", _text, 1, 1)
-    add(("torch.serialization",), "_get_layout", _text, 1, 1)
-
-    add(("collections",), "OrderedDict", _dict, 0, 1)
-    add(("collections",), "Counter", _dict, 0, 1)
-    add(("collections",), "defaultdict", _default_dict, 0, 2)
-    add(("argparse",), "Namespace", _attributes)
-    lightning = ("lightning.pytorch.utilities.parsing", "pytorch_lightning.utilities.parsing")
-    fabric = ("lightning.fabric.utilities.data", "lightning_fabric.utilities.data")
-    add(lightning + fabric, "AttributeDict", _attributes, 0, 1)
-    builtins = ("builtins", "__builtin__")
-    add(builtins, "dict", _dict, 0, 1)
-    add(builtins, "list", _list, 0, 1)
-    add(builtins, "set", _set, 0, 1)
-    add(builtins, "frozenset", _frozenset, 0, 1)
-    add(builtins, "bytes", _bytes, 0, 2)
-    add(builtins, "bytearray", _bytes, 0, 2)
-    add(builtins, "complex", _complex, 2, 2)
-    add(builtins, "int", None)  # a defaultdict's factory
-    add(builtins, "float", None)
-    add(("_codecs",), "encode", _encode, 1, 2)
-    for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"):
-        add(("pathlib", "pathlib._local"), name, _path, 0, MAX_PARTS)
-
-    numpy = ("numpy.core.multiarray", "numpy._core.multiarray")
-    add(("numpy",), "dtype", _numpy_dtype, 1, 3)
-    add(("numpy",), "ndarray", None)
-    add(numpy, "scalar", _numpy_scalar, 2, 2)
-    add(numpy, "_reconstruct", _numpy_array, 3, 3)
-    return table
+# The table. A pickle spells names "module attribute".
 
 
-ADMITTED = _table()
+def _admit(modules: str, functions: dict[str, Callable | None]) -> dict[str, Admitted]:
+    """Stand-ins for these attributes of each of the modules."""
+    return {f"{m} {name}": Admitted(f"{m}.{name}", make) for m in modules.split() for name, make in functions.items()}
+
+
+_TENSORS = _admit(
+    "torch._utils",
+    {
+        "_rebuild_tensor": _tensor,
+        "_rebuild_tensor_v2": _tensor_v2,
+        "_rebuild_tensor_v3": _tensor_v3,
+        "_rebuild_parameter": _parameter,
+        "_rebuild_parameter_with_state": _parameter,
+    },
+)
+_TENSOR_CLASSES = _admit("torch", {"Tensor": None}) | _admit("torch.nn.parameter", {"Parameter": None})
+_STORAGES = {
+    "torch DoubleStorage": "float64",
+    "torch FloatStorage": "float32",
+    "torch HalfStorage": "float16",
+    "torch BFloat16Storage": "bfloat16",
+    "torch LongStorage": "int64",
+    "torch IntStorage": "int32",
+    "torch ShortStorage": "int16",
+    "torch CharStorage": "int8",
+    "torch ByteStorage": "uint8",
+    "torch BoolStorage": "bool",
+    "torch ComplexFloatStorage": "complex64",
+    "torch ComplexDoubleStorage": "complex128",
+    "torch.storage UntypedStorage": "uint8",
+}
+_BUILTINS = {
+    "dict": _dict,
+    "list": _list,
+    "set": _set,
+    "frozenset": _frozenset,
+    "bytes": _bytes,
+    "bytearray": _bytes,
+    "complex": _complex,
+    "int": None,  # a defaultdict's factory
+    "float": None,
+}
+_PATHS = dict.fromkeys(("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"), _path)
+
+ADMITTED: dict[str, Admitted | str] = {
+    **_TENSORS,
+    **_TENSOR_CLASSES,
+    **{name: Admitted(name.replace(" ", "."), dtype=DTYPES[dtype]) for name, dtype in _STORAGES.items()},
+    **{f"torch {dtype}": f"torch.{dtype}" for dtype in DTYPES},
+    **_admit("torch._tensor", {"_rebuild_from_type_v2": _from_type}),
+    **_admit("torch", {"Size": _size, "device": _device}),
+    **_admit("torch.torch_version", {"TorchVersion": _text}),
+    **_admit("torch.serialization", {"_get_layout": _text}),
+    **_admit("collections", {"OrderedDict": _dict, "Counter": _dict, "defaultdict": _default_dict}),
+    **_admit("argparse", {"Namespace": _attributes}),
+    **_admit("lightning.pytorch.utilities.parsing pytorch_lightning.utilities.parsing", {"AttributeDict": _attributes}),
+    **_admit("lightning.fabric.utilities.data lightning_fabric.utilities.data", {"AttributeDict": _attributes}),
+    **_admit("builtins __builtin__", _BUILTINS),
+    **_admit("_codecs", {"encode": _bytes}),
+    **_admit("pathlib pathlib._local", _PATHS),
+    **_admit("numpy", {"dtype": _numpy_dtype, "ndarray": None}),
+    **_admit("numpy.core.multiarray numpy._core.multiarray", {"scalar": _numpy_scalar, "_reconstruct": _numpy_array}),
+}

@@ -10,15 +10,16 @@ keys; then each storage in that order, its number of elements before it.
 import io
 import os
 import struct
-from dataclasses import dataclass
+import zipfile
 from typing import Any
 
 from deco_jax.errors import UsageError
 from deco_jax.weights.admitted import Admitted
+from deco_jax.weights.budget import Budget
 from deco_jax.weights.pickles import MAX_PICKLE, Unpickler
 from deco_jax.weights.tensors import MappedFile, Storage, naming, short
 
-MAX_ENTRIES = 500_000
+MAX_DIRECTORY = 16 * 2**20  # bytes of a zip's list of entries; some 160,000 storages
 MAX_UNFOLDED = 4  # bytes of all tensors together, as a multiple of the file's …
 MAX_UNFOLDED_EXTRA = 256 * 2**20  # … and these, for small files with expanded tensors
 
@@ -48,8 +49,8 @@ def read_torch(source: str | os.PathLike | MappedFile) -> Any:
         )
 
 
-def _unpickler(file: MappedFile, stream: io.BytesIO, find_storage: Any) -> Unpickler:
-    return Unpickler(stream, find_storage, MAX_UNFOLDED * file.size + MAX_UNFOLDED_EXTRA)
+def _budget(file: MappedFile) -> Budget:
+    return Budget(MAX_UNFOLDED * file.size + MAX_UNFOLDED_EXTRA)
 
 
 def _storage_of(file: MappedFile, identifier: tuple, known: _Known, legacy: bool) -> Storage:
@@ -71,13 +72,6 @@ def _storage_of(file: MappedFile, identifier: tuple, known: _Known, legacy: bool
 # Zip
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    name: str
-    header: int  # where its local header lies
-    nbytes: int
-
-
 def _read_zip(file: MappedFile) -> Any:
     entries = _zip_entries(file)
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -94,110 +88,63 @@ def _read_zip(file: MappedFile) -> Any:
     def find_storage(identifier: tuple) -> Storage:
         storage = _storage_of(file, identifier, known, legacy=False)
         if storage.start is None:
-            place = entries.get(f"{folder}data/{storage.key}")
-            if place is None:
-                raise UsageError(f"storage {short(storage.key)} is not in the file: it is damaged.")
-            if place[1] - place[0] < storage.nbytes:
+            start, stop = entries.get(f"{folder}data/{storage.key}", (0, -1))
+            if stop - start < storage.nbytes:
                 raise UsageError(
-                    f"storage {short(storage.key)} has {place[1] - place[0]} bytes in the file and {storage.nbytes} in "
-                    "the pickle: the file is damaged."
+                    f"storage {short(storage.key)} has {max(stop - start, 0)} bytes in the file and {storage.nbytes} "
+                    "in the pickle: the file is damaged."
                 )
-            storage.start, storage.big_endian = place[0], order == b"big"
+            storage.start, storage.big_endian = start, order == b"big"
         return storage
 
     start, stop = entries[pickles[0]]
     if stop - start > MAX_PICKLE:
         raise UsageError(f"the pickle inside has {stop - start} bytes; at most {MAX_PICKLE} are read.")
-    return _unpickler(file, io.BytesIO(file.window(start, stop)), find_storage).load()
+    return Unpickler(io.BytesIO(file.window(start, stop)), find_storage, _budget(file)).load()
+
+
+class _Directory:
+    """A mapped file as `zipfile` reads it, but for a list of entries that would fill the memory."""
+
+    def __init__(self, file: MappedFile):
+        self._map, self.seek, self.tell = file.map, file.map.seek, file.map.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if size > MAX_DIRECTORY:
+            raise UsageError(f"a zip file whose list of entries has {size} bytes; at most {MAX_DIRECTORY} are read.")
+        return self._map.read(size)
 
 
 def _zip_entries(file: MappedFile) -> dict[str, tuple[int, int]]:
-    """Name → first and last byte of every entry's content."""
-    directory_start, directory_stop, count = _zip_directory(file)
-    directory = file.window(directory_start, directory_stop)
-    if count > MAX_ENTRIES:
-        raise UsageError(f"a zip file of {count} entries; at most {MAX_ENTRIES} are read.")
-    listed, position = [], 0
-    for _ in range(count):
-        entry, position = _zip_entry(directory, position)
-        listed.append(entry)
+    """Name → first and last byte of every entry's content. `zipfile` lists them; where they lie is checked here."""
+    if bytes(file.window(max(file.size - 22, 0), file.size))[:4] != b"PK\x05\x06":
+        raise UsageError("a zip file that is truncated, or has bytes after its end. Copy or download it again.")
+    try:
+        with zipfile.ZipFile(_Directory(file), metadata_encoding="utf-8") as archive:
+            listed = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError) as e:
+        if isinstance(e, UsageError):
+            raise
+        raise UsageError(f"a zip file whose list of entries is damaged ({short(str(e))}).") from None
     places: dict[str, tuple[int, int]] = {}
     end = 0
-    for entry in sorted(listed, key=lambda e: e.header):
-        name = entry.name.encode()
-        header = _fields(file.window(0, directory_start), "<4s22xHH", entry.header, "local header")
-        start = entry.header + 30 + header[1] + header[2]
-        if header[0] != b"PK\x03\x04" or file.window(entry.header, start)[30 : 30 + len(name)] != name:
-            raise UsageError(f"the zip entry {short(entry.name)} is not where the directory says: the file is damaged.")
-        if entry.header < end or start + entry.nbytes > directory_start:
-            raise UsageError(f"the zip entry {short(entry.name)} overlaps another: the file is damaged.")
-        if entry.name in places:
-            raise UsageError(f"the zip entry {short(entry.name)} is there twice: the file is damaged.")
-        end = start + entry.nbytes
-        places[entry.name] = start, end
+    for entry in listed:
+        what, header = f"the zip entry {short(entry.filename)}", entry.header_offset
+        if entry.flag_bits & 1:
+            raise UsageError(f"{what} is encrypted; torch.save writes none that is.")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise UsageError(f"{what} is compressed; torch.save never does, and {_RESAVE}.")
+        signature, name, extra = struct.unpack("<4s22xHH", file.window(header, header + 30))
+        named = bytes(file.window(header + 30, header + 30 + name)) == entry.orig_filename.encode()
+        if signature != b"PK\x03\x04" or not named or header < end:
+            raise UsageError(f"{what} is not where the list of entries says, or overlaps another: the file is damaged.")
+        if entry.filename in places:
+            raise UsageError(f"{what} is there twice: the file is damaged.")
+        start = header + 30 + name + extra
+        end = start + entry.file_size
+        file.window(start, end)  # ends inside the file
+        places[entry.filename] = start, end
     return places
-
-
-def _zip_directory(file: MappedFile) -> tuple[int, int, int]:
-    """First and last byte of the list of entries, and how many there are."""
-    tail_start = max(0, file.size - 22 - 65535)
-    end = tail_start + bytes(file.window(tail_start, file.size)).rfind(b"PK\x05\x06")
-    if end < tail_start:
-        raise UsageError("a zip file without its end: it is truncated. Copy or download it again.")
-    whole = file.window(0, file.size)
-    count, nbytes, start, comment = _fields(whole, "<10xHIIH", end, "end")
-    if end + 22 + comment != file.size:
-        raise UsageError("a zip file with bytes after its end: it is damaged. Copy or download it again.")
-    if end >= 20 and whole[end - 20 : end - 16] == b"PK\x06\x07":  # zip64: the same numbers with 64 bits
-        (end,) = _fields(whole, "<8xQ", end - 20, "zip64 locator")
-        signature, count, nbytes, start = _fields(whole, "<4s28xQQQ", end, "zip64 end")
-        if signature != b"PK\x06\x06":
-            raise UsageError("a zip file whose zip64 end is not where it says: it is damaged.")
-    if start + nbytes > end or count * 46 > nbytes:
-        raise UsageError("a zip file whose directory does not fit: it is damaged. Copy or download it again.")
-    return start, start + nbytes, count
-
-
-def _zip_entry(directory: memoryview, position: int) -> tuple[_Entry, int]:
-    """The directory's entry at `position`, and where the next one starts."""
-    fields = _fields(directory, "<4s4xHH8xIIHHH8xI", position, "directory")
-    signature, flags, method, packed, nbytes, name_length, extra_length, comment_length, header = fields
-    name_start = position + 46
-    extra_start = name_start + name_length
-    extra = bytes(directory[extra_start : extra_start + extra_length])
-    try:
-        name = bytes(directory[name_start:extra_start]).decode()
-    except UnicodeDecodeError:
-        raise UsageError("a zip entry's name is not text: the file is damaged.") from None
-    if signature != b"PK\x01\x02" or not name or len(extra) < extra_length:
-        raise UsageError("a zip file whose directory is damaged. Copy or download it again.")
-    if flags & 1:
-        raise UsageError(f"the zip entry {short(name)} is encrypted; torch.save writes none that is.")
-    wide = _zip64_numbers(extra)
-    nbytes, packed, header = (
-        next(wide, number) if number == 0xFFFFFFFF else number for number in (nbytes, packed, header)
-    )
-    if method != 0 or packed != nbytes:
-        raise UsageError(f"the zip entry {short(name)} is compressed; torch.save never does, and {_RESAVE}.")
-    return _Entry(name, header, nbytes), extra_start + extra_length + comment_length
-
-
-def _zip64_numbers(extra: bytes) -> Any:
-    """The 64-bit numbers of a directory entry, in order."""
-    position = 0
-    while position + 4 <= len(extra):
-        kind, length = struct.unpack_from("<HH", extra, position)
-        if kind == 1:
-            field = extra[position + 4 : position + 4 + length]
-            return iter(struct.unpack_from(f"<{len(field) // 8}Q", field))
-        position += 4 + length
-    return iter(())
-
-
-def _fields(data: memoryview, layout: str, position: int, what: str) -> tuple:
-    if position + struct.calcsize(layout) > len(data):
-        raise UsageError(f"a zip file whose {what} is cut short: it is damaged. Copy or download it again.")
-    return struct.unpack_from(layout, data, position)
 
 
 # Legacy
@@ -206,7 +153,7 @@ def _fields(data: memoryview, layout: str, position: int, what: str) -> tuple:
 def _read_legacy(file: MappedFile) -> Any:
     stream = io.BytesIO(file.window(0, min(file.size, MAX_PICKLE)))
     known: _Known = {}
-    unpickler = _unpickler(file, stream, lambda identifier: _storage_of(file, identifier, known, legacy=True))
+    unpickler = Unpickler(stream, lambda identifier: _storage_of(file, identifier, known, legacy=True), _budget(file))
     magic = unpickler.load()
     if type(magic) is not int or magic != _MAGIC:
         raise UsageError("a pickle, but not one that torch.save wrote; only weight files of PyTorch are read.")

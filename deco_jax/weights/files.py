@@ -5,6 +5,7 @@ a set of either with its `….index.json`, and a Hugging Face folder with any of
 only the tensors asked for are read; docs/security.md has the rules.
 """
 
+import json
 import os
 import pathlib
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 
 from deco_jax.errors import UsageError
 from deco_jax.weights.archives import read_torch
-from deco_jax.weights.safetensors import MAX_HEADER, is_safetensors, parse_json, read_safetensors
+from deco_jax.weights.safetensors import MAX_HEADER, is_safetensors, read_safetensors
 from deco_jax.weights.tensors import MappedFile, Tensor, naming, short
 
 # Where training scripts put a state dict inside a checkpoint. Several of them can stand side by side.
@@ -116,7 +117,14 @@ def _read_json(path: pathlib.Path, what: str) -> dict[str, Any]:
         file = MappedFile(path)
         if file.size > MAX_HEADER:
             raise UsageError(f"{what} has {file.size} bytes; at most {MAX_HEADER} are read.")
-        return parse_json(bytes(file.window(0, file.size)), what)
+        try:
+            content = json.loads(bytes(file.window(0, file.size)))
+            repr(content).encode()  # fails on text that is not Unicode, which nobody could print
+        except (ValueError, RecursionError) as e:
+            raise UsageError(f"{what} is not JSON that can be read ({short(str(e))}): the file is damaged.") from None
+        if not isinstance(content, dict):
+            raise UsageError(f"{what} is not a JSON object.")
+        return content
 
 
 def _state_dict(content: Any, nesting: int = 0) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -18,12 +18,10 @@ from typing import Any, BinaryIO
 
 from deco_jax.errors import UsageError
 from deco_jax.weights.admitted import ADMITTED, Admitted, Attributes, Buildable
-from deco_jax.weights.tensors import Storage, Tensor, make_tensor, short
+from deco_jax.weights.budget import MAX_STEPS, Budget
+from deco_jax.weights.tensors import Storage, Tensor, short
 
 MAX_PICKLE = 64 * 2**20  # bytes; a Lightning checkpoint of 2,000 tensors has 0.3 MB
-MAX_STEPS = 500_000  # opcodes and copied items, of one file; a tensor takes about 35
-MAX_OTHER_KEYS = 5_000  # dict keys and set members that are not text: their hashes can be made to collide
-MAX_KEY = 4096  # characters
 MAX_BITS = 256  # of an integer; torch's magic number has 77, a NumPy generator's state 128
 MAX_DEPTH = 100
 
@@ -37,13 +35,11 @@ class Unpickler:
     Args:
       stream: the pickles' bytes, in memory.
       find_storage: what a persistent id, already a plain tuple, stands for.
-      unfolded_limit: bytes that all tensors may have together once their strides are unfolded. Tensors can overlap and
-        repeat, so a small file could otherwise describe any amount of memory.
+      budget: of all of them together.
     """
 
-    def __init__(self, stream: BinaryIO, find_storage: Callable[[tuple], Storage], unfolded_limit: int):
-        self._stream, self._find_storage, self._unfolded_left = stream, find_storage, unfolded_limit
-        self._steps_left, self._other_keys_left = MAX_STEPS, MAX_OTHER_KEYS
+    def __init__(self, stream: BinaryIO, find_storage: Callable[[tuple], Storage], budget: Budget):
+        self._stream, self._find_storage, self._budget = stream, find_storage, budget
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []  # stacks below the marks
         self._memo: dict[int, Any] = {}
@@ -57,7 +53,7 @@ class Unpickler:
         self._stack, self._marked, self._memo = [], [], {}
         try:
             for opcode, argument, position in pickletools.genops(self._stream):
-                self.spend(1)
+                self._budget.spend(1)
                 act = _ACTS.get(opcode.name)
                 if act is None:
                     raise UsageError(f"the pickle's opcode {opcode.name} at byte {position} is not admitted.")
@@ -68,41 +64,7 @@ class Unpickler:
             raise UsageError(f"the pickle inside is damaged or truncated ({short(str(e))}).") from None
         if self._marked or self._stack:
             raise UsageError("the pickle inside is damaged: it ends with work left over.")
-        return _Plain(self).convert(self._result, 0)[0]
-
-    # What the stand-ins of `admitted` use.
-
-    def spend(self, steps: int) -> None:
-        """Takes from the budget that keeps reading finite."""
-        self._steps_left -= steps
-        if self._steps_left < 0:
-            raise UsageError(f"the pickle inside takes more than {MAX_STEPS} steps, the limit; is this a weight file?")
-
-    def key(self, value: Any) -> Any:
-        """`value`, once it may be hashed: tuples of tuples, colliding numbers, long equal texts can take for ever."""
-        if type(value) in (str, bytes):
-            if len(value) > MAX_KEY:
-                raise UsageError(f"the key {short(value)} has {len(value)} characters; at most {MAX_KEY} are read.")
-            return value
-        if not isinstance(value, int | float | None):
-            raise UsageError(f"a key is {short(value)}; only text and numbers can be keys and members of sets.")
-        self._other_keys_left -= 1
-        if self._other_keys_left < 0:
-            raise UsageError(f"more than {MAX_OTHER_KEYS} keys are not text, the limit; is this a weight file?")
-        return value
-
-    def tensor(self, storage: Any, dtype: Any, shape: Any, strides: Any, offset: Any) -> Tensor:
-        """A tensor inside `storage`."""
-        if not isinstance(storage, Storage):
-            raise UsageError(f"a tensor's storage is {short(storage)}: the file is damaged.")
-        tensor = make_tensor(storage, dtype, shape, strides, offset)
-        self._unfolded_left -= tensor.nbytes
-        if self._unfolded_left < 0:
-            raise UsageError(
-                "its tensors repeat their storages' bytes until they are far larger than the file (the last one has "
-                f"shape {short(tensor.shape)}); call .contiguous() on expanded tensors, and save shared ones once."
-            )
-        return tensor
+        return _Plain().convert(self._result, 0)[0]
 
     # The opcodes.
 
@@ -164,10 +126,10 @@ class Unpickler:
         if len(items) % 2:
             raise UsageError("the pickle inside is damaged: a key has no value.")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            target[self.key(key)] = value
+            target[self._budget.key(key)] = value
 
     def _add_items(self, items: list[Any]) -> None:
-        self._top(set, "adds members to").update([self.key(item) for item in items])
+        self._top(set, "adds members to").update([self._budget.key(item) for item in items])
 
     def _new_dict(self, items: list[Any]) -> None:
         self._push({})
@@ -206,19 +168,18 @@ class Unpickler:
 
     def _reduce(self, _: None) -> None:
         arguments, function = self._pop(), self._pop()
-        if not isinstance(function, Admitted) or function.call is None or not isinstance(arguments, tuple):
-            shown = function.name if isinstance(function, Admitted) else short(function)
-            raise UsageError(f"the pickle inside calls {shown} with {short(arguments)}, which is not admitted.")
-        self._push(function(self, arguments))
+        if not isinstance(function, Admitted) or not isinstance(arguments, tuple):
+            raise UsageError(f"the pickle inside calls {short(function)}({short(arguments)}), which is not admitted.")
+        self._push(function(self._budget, arguments))
 
     def _build(self, _: None) -> None:
         """Sets an object's attributes. A dict's (state_dict's `_metadata`) say nothing about the weights: left out."""
         state, target = self._pop(), self._top(dict | Buildable, "sets attributes of")
         if isinstance(target, Buildable):
-            target.build(self, state)
+            target.build(self._budget, state)
         elif isinstance(target, Attributes) and isinstance(state, dict):
-            self.spend(len(state))
-            target.update({self.key(k): v for k, v in state.items()})
+            self._budget.spend(len(state))
+            target.update({self._budget.key(k): v for k, v in state.items()})
 
     def _persistent(self, _: None) -> None:
         identifier = self._pop()
@@ -233,9 +194,8 @@ class Unpickler:
 class _Plain:
     """Turns what the stand-ins left behind into plain values, once each, and measures the tree as it would unfold."""
 
-    def __init__(self, unpickler: Unpickler):
+    def __init__(self):
         self._done: dict[int, tuple[Any, int, int, Any]] = {}  # id → result, height, size, the value (to keep its id)
-        self._unpickler = unpickler
 
     def convert(self, value: Any, depth: int) -> tuple[Any, int, int]:
         """(plain value, its height, its nodes)."""
@@ -252,7 +212,7 @@ class _Plain:
 
     def _convert(self, value: Any, depth: int) -> tuple[Any, int, int]:
         if isinstance(value, Buildable):
-            return value.plain(self._unpickler), 0, 1
+            return value.plain, 0, 1
         if isinstance(value, set | frozenset):
             return value, 1, 1 + len(value)
         if not isinstance(value, dict | list | tuple):
@@ -296,7 +256,7 @@ _ACTS: dict[str, _Act] = {
     "TUPLE3": lambda u, _: u._tuple_of(3),
     "LIST": lambda u, _: u._push(u._pop_marked()),
     "DICT": lambda u, _: u._new_dict(u._pop_marked()),
-    "FROZENSET": lambda u, _: u._push(frozenset([u.key(item) for item in u._pop_marked()])),
+    "FROZENSET": lambda u, _: u._push(frozenset([u._budget.key(item) for item in u._pop_marked()])),
     "APPEND": lambda u, _: u._append([u._pop()]),
     "APPENDS": lambda u, _: u._append(u._pop_marked()),
     "SETITEM": Unpickler._set_item,

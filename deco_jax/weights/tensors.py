@@ -1,4 +1,4 @@
-"""Where a tensor of a weight file lies, and how its numbers get into memory: only when asked for, one at a time.
+"""Where does a tensor of a weight file lie, and how do its numbers get into memory? Only when asked for, one at a time.
 
 A file is mapped, never read as a whole. `Tensor.numpy` copies one tensor out of the map and lets go of the pages that
 this brought in, since resident pages of a mapped file count as the process's memory.
@@ -22,25 +22,14 @@ from deco_jax.errors import UsageError
 MAX_DIMENSIONS = 32
 MAX_ELEMENTS = 2**48  # of a shape whose zeros count as ones: NumPy and its callers multiply them
 
-# PyTorch's name of an element type → ours.
+# PyTorch's name of an element type → NumPy's type, which has the same name (bool aside) there or in ml_dtypes.
 DTYPES = {
-    "float64": np.dtype(np.float64),
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
-    "int64": np.dtype(np.int64),
-    "int32": np.dtype(np.int32),
-    "int16": np.dtype(np.int16),
-    "int8": np.dtype(np.int8),
-    "uint64": np.dtype(np.uint64),
-    "uint32": np.dtype(np.uint32),
-    "uint16": np.dtype(np.uint16),
-    "uint8": np.dtype(np.uint8),
-    "bool": np.dtype(np.bool_),
-    "complex64": np.dtype(np.complex64),
-    "complex128": np.dtype(np.complex128),
+    name: np.dtype(getattr(ml_dtypes, name, name))
+    for name in (
+        *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
+        *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
+        *("bool", "complex64", "complex128"),
+    )
 }
 
 
@@ -60,24 +49,24 @@ class MappedFile:
             if status.st_size == 0:
                 raise UsageError("the file is empty.")
             with open(path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as e:
             if isinstance(e, UsageError):
                 raise
             raise UsageError(f"cannot be opened: {getattr(e, 'strerror', None) or e}.") from None
-        self.size = len(self._map)
+        self.size = len(self.map)
 
     def window(self, start: int, stop: int) -> memoryview:
         """The bytes from `start` to `stop` where they lie, uncopied."""
         if not 0 <= start <= stop <= self.size:
             raise UsageError(f"bytes {start} to {stop} were asked for; the file ends at {self.size}: it is truncated.")
-        return memoryview(self._map)[start:stop]
+        return memoryview(self.map)[start:stop]
 
     def release(self, start: int, stop: int) -> None:
         """Lets go of the pages from `start` to `stop`; they are read again when next looked at."""
         start -= start % mmap.PAGESIZE
         if start < stop and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+            self.map.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
 @dataclass(eq=False, slots=True)
@@ -103,66 +92,30 @@ class Tensor:
     offset: int
 
     @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the array that `numpy` returns."""
-        return self.size * self.dtype.itemsize
-
-    @property
-    def place(self) -> tuple:
-        """Equal for two tensors that are the same window on the same bytes (tied weights)."""
-        return id(self.storage), str(self.dtype), self.shape, self.strides, self.offset
-
-    def view(self) -> np.ndarray:
-        """A read-only array on the mapped file, not copied (a big-endian file's is). Its pages stay until `release`."""
-        if self.storage.big_endian:
-            return self.numpy()
-        return self._window()
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def numpy(self) -> np.ndarray:
         """Reads the tensor: a contiguous array of its own, in this machine's byte order. Keeps no page of the file."""
-        array = np.array(self._window(), order="C")
-        if self.storage.big_endian:
-            width = self.dtype.itemsize // (2 if self.dtype.kind == "c" else 1)
-            if array.size and width > 1:
-                array.reshape(-1).view(f"u{width}").byteswap(inplace=True)
-        self.release()
+        if self.nbytes == 0:
+            return np.empty(self.shape, self.dtype)
+        file, itemsize = self.storage.file, self.dtype.itemsize
+        last = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+        start = self.storage.start + self.offset * itemsize
+        stop = start + (last + 1) * itemsize
+        with naming(file.path):
+            strides = [s * itemsize for s in self.strides]
+            array = np.array(np.ndarray(self.shape, self.dtype, file.window(start, stop), strides=strides), order="C")
+        file.release(start, stop)
+        width = itemsize // (2 if self.dtype.kind == "c" else 1)
+        if self.storage.big_endian and width > 1:
+            array.reshape(-1).view(f"u{width}").byteswap(inplace=True)
         return array
-
-    def release(self) -> None:
-        """Lets go of the file's pages that this tensor's views brought into memory; the views stay valid."""
-        self.storage.file.release(*self._extent())
-
-    def __repr__(self) -> str:
-        return f"Tensor({self.dtype}, {self.shape}, in {self.storage.file.path})"
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         array = self.numpy()
         return array if dtype is None else array.astype(dtype, copy=False)
-
-    def _extent(self) -> tuple[int, int]:
-        """First and last byte in the file."""
-        if self.size == 0:
-            return 0, 0
-        last = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
-        start = self.storage.start + self.offset * self.dtype.itemsize
-        return start, start + (last + 1) * self.dtype.itemsize
-
-    def _window(self) -> np.ndarray:
-        with naming(self.storage.file.path):
-            if self.size == 0:
-                return np.empty(self.shape, self.dtype)
-            strides = [s * self.dtype.itemsize for s in self.strides]
-            return np.ndarray(self.shape, self.dtype, self.storage.file.window(*self._extent()), strides=strides)
 
 
 def make_tensor(
@@ -208,10 +161,8 @@ def short(value: Any, limit: int = 80) -> str:
     """`value` for an error message: one line, printable, of bounded length, whatever a file makes of it."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
-    if isinstance(value, str):
+    if isinstance(value, str | bytes):
         text = repr(value[: limit + 1])
-    elif isinstance(value, bytes):
-        text = repr(bytes(value[: limit + 1]))
     elif isinstance(value, tuple | list):
         inner = ", ".join(short(v, 20) if not isinstance(v, tuple | list) else "[…]" for v in value[:9])
         text = f"({inner}{', …' if len(value) > 9 else ''})"

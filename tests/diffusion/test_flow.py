@@ -15,12 +15,11 @@ def draws(count=4000, step=0, distribution="lognorm", shift=1.0, p_null=0.1):
     return draw(example_keys(jax.random.key(0), jnp.int32(step), count), SHAPE, distribution, shift, p_null)
 
 
-def test_path_ends_in_noise_and_data():
-    x, noise = np.ones((2, *SHAPE), np.float32), np.full((2, *SHAPE), 3, np.float32)
-    x_t, v = interpolate(x, noise, jnp.array([0.0, 1.0]))
-    np.testing.assert_array_equal(x_t[0], noise[0])
-    np.testing.assert_array_equal(x_t[1], x[1])
-    np.testing.assert_array_equal(v, x - noise)
+def test_path_leads_from_noise_to_data_at_constant_velocity():
+    x, noise = np.ones((3, *SHAPE), np.float32), np.full((3, *SHAPE), 3, np.float32)
+    x_t, v = interpolate(x, noise, jnp.array([0.0, 1.0, 0.25]))
+    np.testing.assert_array_equal(x_t[:, 0, 0, 0], [3, 1, 2.5])
+    assert (v == -2).all()
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -39,14 +38,13 @@ def test_every_example_and_step_has_its_own_draws():
     noises = np.concatenate([d.noise_BxHxWx3, later.noise_BxHxWx3]).reshape(128, -1)
     assert len(np.unique(noises, axis=0)) == 128
     assert np.abs(np.corrcoef(noises) - np.eye(128)).max() < 0.7
-    flat = np.asarray(d.noise_BxHxWx3).ravel()
-    assert abs(flat.mean()) < 0.1 and abs(flat.std() - 1) < 0.1
+    assert stats.kstest(noises.ravel().astype(float), stats.norm.cdf).pvalue > 1e-3
     assert abs(np.corrcoef(np.asarray(draws().t_B), np.asarray(draws().noise_BxHxWx3)[:, 0, 0, 0])[0, 1]) < 0.05
 
 
-@pytest.mark.parametrize("p", [0.0, 0.25, 1.0])
-def test_labels_are_dropped_at_the_given_rate(p):
-    assert abs(float(draws(p_null=p).drop_B.mean()) - p) < 0.03
+@pytest.mark.parametrize("p, tolerance", [(0.0, 0), (0.25, 0.03), (1.0, 0)])
+def test_labels_are_dropped_at_the_given_rate(p, tolerance):
+    assert abs(float(draws(p_null=p).drop_B.mean()) - p) <= tolerance
 
 
 def test_shift_moves_towards_noise_and_keeps_the_ends():

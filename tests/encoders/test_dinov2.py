@@ -251,12 +251,13 @@ def test_a_mesh_splits_it_and_changes_no_feature(features_of):
     boxed = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     params = jax.tree.map(np.asarray, nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), image)["params"]))
 
-    shardings = meshes.state_shardings(boxed, mesh)
+    layout = meshes.Layout(mesh)
+    shardings = meshes.state_shardings(boxed, layout)
     for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_put(params, shardings)):
         where = jax.tree_util.keystr(path)
         assert leaf.size < meshes.SMALL or not leaf.sharding.is_fully_replicated, f"{where} is copied to every device"
     whole = features_of(model, params, image)
-    with meshes.use_mesh(mesh):
+    with meshes.use_mesh(layout):
         split = jax.jit(model.apply)(
             {"params": jax.device_put(params, shardings)}, jax.device_put(image, meshes.batch_sharding(mesh))
         )

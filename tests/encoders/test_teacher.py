@@ -10,16 +10,15 @@ from flax import linen as nn
 from safetensors.numpy import save_file
 
 from deco_jax.config import check_config, default_config
-from deco_jax.encoders import teacher as teachers
 from deco_jax.encoders.dinov2 import model as dinov2
 from deco_jax.encoders.dinov2.model import DINOv2
 from deco_jax.encoders.dinov2.weights import from_tensors
-from deco_jax.encoders.teacher import default_teacher, find_weights, load_teacher, teacher_features
+from deco_jax.encoders.teacher import default_teacher, find_weights, load_teacher, teacher_of
 from deco_jax.errors import UsageError
 from deco_jax.models.flops import forward_flops
 from deco_jax.parallel import mesh as meshes
 from deco_jax.training.state import init_state
-from deco_jax.training.step import make_trainer, step_flops
+from deco_jax.training.step import make_train_step, step_flops
 from tests.helpers import random_dinov2, relative_error
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -49,16 +48,16 @@ def test_a_step_with_the_live_teacher_is_one_with_its_features(aligned):
     features = model.clone(dtype=jnp.float32).apply({"params": weights}, image.astype(np.float32) / 255)
     assert features.shape == (4, 4, WIDTH)
 
-    stored = make_trainer(aligned)
+    stored = make_train_step(aligned)
     make = functools.partial(init_state, jax.random.key(0), stored.network, stored.projector, stored.optimizer, 32)
     shapes = jax.eval_shape(lambda: nn.meta.unbox(make()))
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), shapes.params)
     state = state.replace(params=params, ema=params["network"])
-    expected_state, expected = jax.jit(stored.step)(state, batch | {"features": np.asarray(features)})
+    expected_state, expected = jax.jit(stored)(state, batch | {"features": np.asarray(features)})
     aligned.optimizer.accumulation = 2
-    live = make_trainer(aligned, teacher.module)
-    new_state, metrics = jax.jit(live.step)(state, batch, teacher.params)
+    live = make_train_step(aligned, [teacher.network])
+    new_state, metrics = jax.jit(live)(state, batch, {"teacher": teacher.params})
     for name in ("loss", "loss_alignment", "gradient_norm"):
         assert relative_error(metrics[name], expected[name]) < 2e-6, name
     for a, b in zip(*(jax.tree.leaves(s.opt_state[0].mu) for s in (new_state, expected_state)), strict=True):
@@ -70,7 +69,7 @@ def test_no_gradient_reaches_the_teacher(aligned):
     teacher = load_teacher(aligned)
 
     def total(params, image):
-        return teacher_features(teacher.module, params, image).sum()
+        return teacher.network(params, {"image": image})["features"].sum()
 
     gradients = jax.grad(total, (0, 1))(teacher.params, jnp.ones((1, 32, 32, 3)))
     assert all(not np.any(g) for g in jax.tree.leaves(gradients))
@@ -84,10 +83,9 @@ def test_its_linear_layers_are_kept_in_bfloat16_and_compute_the_same(aligned):
     assert (kernel.dtype, positions.dtype) == (jnp.bfloat16, np.float32)
     image = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
     _, fp32 = from_tensors(random_dinov2())
-    np.testing.assert_array_equal(
-        teacher_features(teacher.module, teacher.params, image), teacher_features(teacher.module, fp32, image)
-    )
-    placed = teachers.place(teacher, meshes.make_mesh(default_config().mesh))
+    ours, exact = (teacher.network(params, {"image": image})["features"] for params in (teacher.params, fp32))
+    np.testing.assert_array_equal(ours, exact)
+    placed = teacher.place(meshes.make_layout(default_config().mesh))
     assert placed["blocks"]["mlp"]["in"]["kernel"].dtype == jnp.bfloat16
 
 
@@ -177,7 +175,7 @@ def test_what_cannot_be_aligned_is_named(aligned, part, changes, message):
 
 def test_planning_takes_the_published_network_of_that_width(aligned):
     aligned.loss.alignment_features = 768
-    assert default_teacher(aligned).depth == 12
+    assert default_teacher(aligned).module.depth == 12
     aligned.loss.alignment_features = 64
     with pytest.raises(UsageError, match=r"alignment_features=64 is no width of a published DINOv2; .* 768 \(base\)"):
         default_teacher(aligned)
@@ -194,6 +192,6 @@ def test_flops_of_the_teacher_and_of_a_step(aligned):
         counted.append(jax.jit(small.apply).lower({"params": params}, image).compile().cost_analysis()["flops"])
     ours = dinov2.forward_flops(small, 64, 96) - dinov2.forward_flops(small.clone(depth=1), 64, 96)
     assert ours == pytest.approx(counted[1] - counted[0], rel=0.1)
-    trainer = make_trainer(aligned, small)
-    expected = 3 * forward_flops(trainer.network, 32, 32) + dinov2.forward_flops(small, 32, 32)
-    assert step_flops(trainer, 32) == expected
+    train_step = make_train_step(aligned, [teacher_of(small, aligned)])
+    expected = 3 * forward_flops(train_step.network, 32, 32) + dinov2.forward_flops(small, 32, 32)
+    assert step_flops(train_step, 32) == expected

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import scipy.linalg
+from clu import metrics
 
 from deco_jax.errors import UsageError
 from deco_jax.evaluation.frechet import Moments, frechet_distance
@@ -55,24 +56,48 @@ def test_singular_covariances_are_no_problem():
 def test_moments_in_batches_are_those_of_all():
     """Far from zero, where sums of squares in place of deviations would leave few digits."""
     x = np.random.default_rng(3).normal(size=(101, 4)) * [1, 2, 3, 4] + 1e6
-    moments = Moments(4)
+    moments = Moments.empty()
     for part in np.split(x, [1, 2, 40, 40]):
-        moments.add(part)
+        moments = moments.merge(Moments.from_model_output(part))
     assert moments.count == 101
-    np.testing.assert_allclose(moments.mean_D, x.mean(axis=0), rtol=1e-14)
-    np.testing.assert_allclose(moments.covariance_DxD, np.cov(x.T), rtol=1e-9)
+    mean_D, covariance_DxD = moments.compute()
+    np.testing.assert_allclose(mean_D, x.mean(axis=0), rtol=1e-14)
+    np.testing.assert_allclose(covariance_DxD, np.cov(x.T), rtol=1e-9)
+
+
+def test_moments_merge_in_any_order():
+    """Processes hand in their parts as they finish, some of them empty."""
+    a, b, c = (Moments.from_model_output(x) for x in np.random.default_rng(4).normal(size=(3, 5, 2)))
+    none = Moments.empty()
+    left, right = a.merge(b).merge(c), none.merge(c).merge(none.merge(b.merge(a))).merge(none)
+    assert left.count == right.count == 15
+    for ours, theirs in zip(left.compute(), right.compute(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-13)
+
+
+def test_moments_are_a_metric_of_clu():
+    """In a collection they take what they need from all outputs, and leave out what only fills up the last batch."""
+    x = np.random.default_rng(5).normal(size=(6, 3))
+    features = dict(enumerate(np.split(np.concatenate([x, np.full((2, 3), 1e9)]), 2)))
+    masks = {0: np.ones(4), 1: np.array([1, 1, 0, 0])}
+    moments = Moments.empty()
+    for k in range(2):
+        outputs = {"features_KxD": features[k], "mask": masks[k], "images": None}
+        moments = moments.merge(Moments.from_model_output(**outputs))
+    assert isinstance(moments, metrics.Metric) and moments.count == 6
+    np.testing.assert_allclose(moments.compute()[1], np.cov(x.T), rtol=1e-12)
 
 
 def test_bad_features_are_named():
-    moments = Moments(3)
-    moments.add(np.zeros((1, 3)))
+    one = Moments.from_model_output(np.zeros((1, 3)))
     with pytest.raises(UsageError, match="at least 2 images; there are 1"):
-        _ = moments.covariance_DxD
-    with pytest.raises(UsageError, match=r"shape \(2, 4\); expected \(K, 3\)"):
-        moments.add(np.zeros((2, 4)))
+        one.compute()
+    with pytest.raises(UsageError, match="features of 3 and of 4 numbers do not go together"):
+        one.merge(Moments.from_model_output(np.zeros((2, 4))))
+    with pytest.raises(UsageError, match=r"shape \(4,\); expected \(K, D\)"):
+        Moments.from_model_output(np.zeros(4))
     with pytest.raises(UsageError, match="not finite"):
-        moments.add(np.full((1, 3), np.nan))
-    assert moments.count == 1
+        Moments.from_model_output(np.full((1, 3), np.nan))
 
 
 def test_gaussians_that_do_not_fit_are_named():

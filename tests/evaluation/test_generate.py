@@ -1,14 +1,17 @@
-"""Grids, labels on the command line, and the classifier that judges the digits."""
+"""Many images from a network, their grid, and the classifier that judges the digits."""
 
+import jax
 import numpy as np
 import pytest
 
 from deco_jax.config import default_config
 from deco_jax.data.sources import Digits
-from deco_jax.errors import UsageError
+from deco_jax.diffusion.flow import to_uint8
 from deco_jax.evaluation.digits import DigitClassifier
-from deco_jax.evaluation.generate import _grid_by_label, parse_labels
+from deco_jax.evaluation.generate import _grid_by_label, generate
 from deco_jax.sampling.pictures import make_grid, save_png
+from deco_jax.sampling.sample import image_noise, sample
+from deco_jax.sampling.settings import Sampling
 from tests.helpers import Golden
 
 
@@ -33,15 +36,19 @@ def test_a_grid_has_a_row_for_each_label():
     assert _grid_by_label(images, 7).shape == (1, 13, 3) and _grid_by_label(images, 1).shape == (1, 13, 3)
 
 
-def test_labels():
-    model = Golden("deco_c2i").model()
-    assert parse_labels("0,7, 2-4,null", model) == [0, 7, 2, 3, 4, "null"]
-    assert parse_labels("all", model) == list(range(10))
-    for text in ("", "a", "1-", "1--2", "-1", "5-3", "²", "1.5"):
-        with pytest.raises(UsageError, match="is not understood"):
-            parse_labels(text, model)
-    with pytest.raises(UsageError, match="labels 10, 11, 12 do not exist"):
-        parse_labels("9-12", model)
+@pytest.mark.usefixtures("quick_compile")
+def test_images_come_in_order_whatever_the_batch():
+    """Eight devices: eleven images in batches of 8, the last one filled up, and in one of 16."""
+    g = Golden("deco_c2i")
+    labels, settings = [*range(10), "null"], Sampling(steps=2, guidance=2.0)
+    model, params = g.model(), g.params()
+    small, large = (np.stack(list(generate(model, params, labels, 5, 8, size, settings))) for size in (3, 99))
+    assert small.shape == (11, 8, 8, 3) and small.dtype == np.uint8
+    assert np.abs(small.astype(int) - large).max() <= 1, "an image depends on its batch"
+    noise = image_noise(jax.random.key(5), np.array([7]), (8, 8, 3))
+    (alone,) = np.asarray(to_uint8(sample(model, params, [7], noise=noise, settings=settings)))
+    assert np.abs(alone.astype(int) - small[7]).max() <= 1, "image 7 shows label 7, from the noise of number 7"
+    assert np.abs(alone.astype(int) - small[6]).max() > 1
 
 
 def test_the_judge_knows_digits_and_is_not_fooled_by_noise():

@@ -17,7 +17,7 @@ from PIL import Image
 import deco_jax
 from deco_jax.pretrained import names
 from deco_jax.training.state import init_state
-from deco_jax.training.step import make_trainer
+from deco_jax.training.step import make_train_step
 
 torch = pytest.importorskip("torch", reason="needs the extra `torch`")
 safetensors_numpy = pytest.importorskip("safetensors.numpy", reason="needs the extra `torch`")
@@ -141,7 +141,7 @@ def test_guidance_by_text_takes_one_null_text_for_all():
 
 
 def test_positions_on_an_oblong(small, monkeypatch):
-    """SPEC 2.6 and 4, which the recorded squares cannot tell apart: by text, x runs to H/p and y to W/p."""
+    """docs/model.md, 2.6 and 4, which the recorded squares cannot tell apart: by text, x runs to H/p and y to W/p."""
     calls = []
 
     def noted(rows, columns, head_dim, x_max, y_max, device):
@@ -160,22 +160,22 @@ def test_positions_on_an_oblong(small, monkeypatch):
 def test_weights_we_trained_give_the_same_velocities_in_both(tiny_config, tmp_path):
     """Three of our own training steps, exported as safetensors; online weights and moving average."""
     tiny_config.optimizer.lr, tiny_config.ema.decay = 0.05, 0.5
-    trainer = make_trainer(tiny_config)
+    train_step = make_train_step(tiny_config)
     draw = np.random.default_rng(0)
     labels = draw.integers(0, 11, 16).astype(np.int32)
     batch = {"image": draw.integers(0, 256, (16, 28, 28, 3), np.uint8), "label": labels % 10}
     state = jax.eval_shape(
-        lambda: nn.meta.unbox(init_state(jax.random.key(0), trainer.network, None, trainer.optimizer, 28))
+        lambda: nn.meta.unbox(init_state(jax.random.key(0), train_step.network, None, train_step.optimizer, 28))
     )
     network_params = jax.tree.map(lambda p: draw.normal(0, 0.2, p.shape).astype(np.float32), state.ema)
     state = jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), state)
     state = state.replace(params=state.params | {"network": network_params}, ema=network_params)
-    step = jax.jit(trainer.step)
+    step = jax.jit(train_step)
     for _ in range(3):
         state, _ = step(state, batch)
 
     x, t = draw.normal(size=(16, 3, 28, 28)).astype(np.float32), draw.uniform(size=16).astype(np.float32)
-    ours = jax.jit(lambda params: trainer.network.apply({"params": params}, np.moveaxis(x, 1, -1), t, labels))
+    ours = jax.jit(lambda params: train_step.network.apply({"params": params}, np.moveaxis(x, 1, -1), t, labels))
     velocities = []
     for params in (state.params["network"], state.ema):
         safetensors_numpy.save_file(translate.to_torch(names.DECO, params), tmp_path / "w.safetensors")
@@ -308,7 +308,7 @@ def test_bad_arguments_are_named():
 
 
 def test_bytes_are_those_of_our_images():
-    """The published rounding (SPEC 6): both ends reachable, ½ rounds up."""
+    """The published rounding (docs/model.md, 6): both ends reachable, ½ rounds up."""
     x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])[None, None, None].expand(1, 3, 1, 5)
     assert to_uint8(x)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from deco_jax.config import check_config, default_config
+from deco_jax.config import build_model, check_config, default_config
 from deco_jax.errors import UsageError
-from deco_jax.models import build_model
+from deco_jax.models.build import parameter_shapes
 from deco_jax.models.flops import forward_flops
 from deco_jax.pretrained import names
 from deco_jax.weights import translate
-from tests.helpers import Golden, abstract_params
+from tests.helpers import Golden
 
 
 def new_config(**changes):
@@ -30,14 +30,14 @@ def apply(model, g, x, **options):
 )
 def test_full_size_parameters(full_size_shapes, width, depth, shapes, parameters):
     """Counts of the paper's models, and every tensor of the published ones in its shape, nothing left over."""
-    abstract = abstract_params(build_model(new_config(width=width, depth=depth).model))
+    abstract = parameter_shapes(build_model(new_config(width=width, depth=depth).model))
     assert sum(x.size for x in jax.tree.leaves(abstract)) == parameters
     published = {
         name: np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), shape, (0,) * len(shape))  # holds no memory
         for name, shape in full_size_shapes[shapes].items()
     }
     filled = translate.from_torch(names.BASELINE, published, abstract)
-    assert jax.tree.map(lambda x: x.shape, filled) == jax.tree.map(lambda x: x.shape, abstract)
+    assert jax.tree.structure(filled) == jax.tree.structure(abstract), "a parameter of ours has no published name"
 
 
 def test_initialisation_is_the_published_one():
@@ -53,9 +53,8 @@ def test_initialisation_is_the_published_one():
         assert 0.9 * bound < np.abs(tensors[name]).max() <= bound, name
         assert abs(tensors[name].std() / (bound / np.sqrt(3)) - 1) < 0.2, name
 
-    for name, value in tensors.items():
-        if name.startswith("final_layer"):
-            assert not value.any(), name
+    last = [name for name in tensors if name.startswith("final_layer")]
+    assert len(last) == 4 and not any(tensors[name].any() for name in last)
     assert not tensors["x_embedder.proj.bias"].any()
     uniform("x_embedder.proj.weight", np.sqrt(6 / (96 + 3 * 64)))
     uniform("blocks.1.adaLN_modulation.0.weight", 1 / np.sqrt(96))

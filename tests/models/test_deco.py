@@ -1,19 +1,20 @@
 """DeCo against the recorded PyTorch network: outputs, hidden tokens, loss, and the gradient of everything."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
-import deco_jax
-from deco_jax.config import default_config
+from deco_jax.config import build_model, default_config
 from deco_jax.errors import UsageError
-from deco_jax.models import build_model
+from deco_jax.models.build import parameter_shapes
 from deco_jax.models.flops import forward_flops
 from deco_jax.pretrained import names
 from deco_jax.weights import translate
-from tests.helpers import Golden, abstract_params, relative_error
+from tests.helpers import Golden, relative_error
 
 CASES = ["deco_c2i", "deco_c2i_wide"]
 # The same parameters through every way of compiling the blocks.
@@ -75,14 +76,14 @@ def test_full_size_parameters(full_size_shapes, width, depth, shapes, parameters
     """Counts of the paper's models, and every tensor of the published ones in its shape, nothing left over."""
     config = default_config().model
     config.update(width=width, depth=depth)
-    abstract = abstract_params(build_model(config))
+    abstract = parameter_shapes(build_model(config))
     assert sum(x.size for x in jax.tree.leaves(abstract)) == parameters
     published = {
         name: np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), shape, (0,) * len(shape))  # holds no memory
         for name, shape in full_size_shapes[shapes].items()
     }
     filled = translate.from_torch(names.DECO, published, abstract)
-    assert jax.tree.map(lambda x: x.shape, filled) == jax.tree.map(lambda x: x.shape, abstract)
+    assert jax.tree.structure(filled) == jax.tree.structure(abstract), "a parameter of ours has no published name"
 
 
 def test_any_size_divisible_by_the_patch():
@@ -105,10 +106,10 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32():
 
 
 def test_initialisation_is_the_published_one():
-    """SPEC section 2, every rule, on a network large enough for its statistics."""
+    """Every row of the table in docs/model.md, section 2, on a network large enough for its statistics."""
     config = default_config().model
     config.update(width=96, depth=3, heads=4, patch_size=8, decoder_width=32, decoder_depth=2, num_classes=2000)
-    model = deco_jax.build_model(config)
+    model = build_model(config)
     x, t, labels = jnp.zeros((1, 16, 16, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
     params = jax.jit(model.init)(jax.random.key(0), x, t, labels)["params"]
     tensors = translate.to_torch(names.DECO, nn.meta.unbox(params))
@@ -120,23 +121,30 @@ def test_initialisation_is_the_published_one():
         if value.size > 1000:
             assert abs(value.std() / (bound / np.sqrt(3)) - 1) < 0.1, name
 
+    rules = collections.Counter()
     for name, value in tensors.items():
         out, fan_in = value.shape if value.ndim == 2 else (0, 0)
         if name.startswith(("y_embedder", "t_embedder")) and name.endswith("weight"):
+            rules["normal"] += 1
             assert abs(value.std() / 0.02 - 1) < 0.05 and abs(value.mean()) < 1e-3, name
         elif name.startswith("dec_net") and ("adaLN" in name or "final_layer" in name):
+            rules["zero"] += 1
             assert not value.any(), name
         elif "norm" in name or "in_ln" in name:
+            rules["norm"] += 1
             assert (value == (0 if name.endswith("bias") else 1)).all(), name
         elif name.startswith(("s_embedder", "dec_net")):
+            rules["xavier"] += 1
             if name.endswith("bias"):
                 assert not value.any(), name
             else:
                 uniform(name, np.sqrt(6 / (fan_in + out)))
-        elif name.endswith("weight"):
-            uniform(name, 1 / np.sqrt(fan_in))
         else:
-            uniform(name, 1 / np.sqrt(tensors[name.replace("bias", "weight")].shape[1]))
+            rules["torch"] += 1
+            weight = value if name.endswith("weight") else tensors[name.replace("bias", "weight")]
+            uniform(name, 1 / np.sqrt(weight.shape[1]))
+    # Blocks: 3 of the transformer with 4 norms and 8 others each, 2 of the decoder with 2 + 2 + 4.
+    assert rules == {"normal": 3, "zero": 2 * 2 + 2, "norm": 3 * 4 + 2 * 2, "xavier": 2 + 4 + 2 * 4, "torch": 4 + 3 * 8}
     assert not np.array_equal(tensors["blocks.0.attn.qkv.weight"], tensors["blocks.1.attn.qkv.weight"])
 
 

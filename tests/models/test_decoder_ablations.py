@@ -7,12 +7,12 @@ import pytest
 from flax import linen as nn
 
 import deco_jax
-from deco_jax.config import check_config, default_config
+from deco_jax.config import build_model, check_config, default_config
 from deco_jax.errors import UsageError
-from deco_jax.models import build_model
+from deco_jax.models.build import parameter_shapes
 from deco_jax.models.flops import forward_flops
-from deco_jax.models.pixel_decoder import PixelDecoder
-from tests.helpers import abstract_params, relative_error
+from deco_jax.models.pixel_decoder import PixelDecoder, pixel_position_features
+from tests.helpers import relative_error
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 P, D = 4, 6  # a patch's side, and a token's channels
@@ -94,13 +94,13 @@ def test_the_decoder_is_the_formula(r, interaction):
 @pytest.mark.parametrize("r, interaction", DECODERS)
 def test_parameters(r, interaction):
     """Shapes as the table of the paper describes them; what comes before the decoder is the same in all."""
-    params = abstract_params(new_model(decoder_patch=r, decoder_interaction=interaction))
+    params = parameter_shapes(new_model(decoder_patch=r, decoder_interaction=interaction))
     decoder = jax.tree.map(lambda a: a.shape, params.pop("decoder"))
     assert decoder["query"] == {"kernel": (3 * r * r + 64, 8), "bias": (8,)}
     assert decoder["condition"] == {"kernel": (16, (P // r) ** 2, 8), "bias": ((P // r) ** 2, 8)}
     assert decoder["out"] == {"kernel": (8, 3 * r * r), "bias": (3 * r * r,)}
     assert decoder["block_0"].keys() == {"norm", "in", "out"} | ({"modulation"} if interaction == "adaln" else set())
-    usual = abstract_params(new_model())
+    usual = parameter_shapes(new_model())
     usual.pop("decoder")
     assert jax.tree.map(lambda a: a.shape, params) == jax.tree.map(lambda a: a.shape, usual)
 
@@ -138,7 +138,8 @@ def test_flops_agree_with_the_compiler(r, interaction):
 
 
 def test_any_image_and_the_sampler():
-    """A query of a whole patch has one place, whose features are those of the patch's first pixel."""
+    """Queries of a whole patch, on an oblong: one place for all, whose features are those of a patch's first pixel."""
+    np.testing.assert_array_equal(pixel_position_features(1), pixel_position_features(P)[:1])
     model = new_model(decoder_patch=P, decoder_interaction="add")
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, P, P, 3)), jnp.zeros(1), jnp.zeros(1, int))
     images = deco_jax.sample(model, random_like(shapes["params"]), [1], jax.random.key(0), image_size=(8, 12), steps=2)

@@ -6,11 +6,10 @@ import pytest
 from flax import linen as nn
 
 import deco_jax
-from deco_jax.config import default_config
+from deco_jax.config import build_model, default_config
 from deco_jax.diffusion.flow import Draws
 from deco_jax.errors import UsageError
-from deco_jax.models import build_model
-from deco_jax.training.step import make_trainer
+from deco_jax.training.step import make_train_step
 from tests.helpers import Golden, relative_error
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -89,16 +88,16 @@ def test_many_steps_stop_short_by_what_the_limit_leaves():
 
 @pytest.mark.parametrize("kind", ["baseline", "deco"])
 def test_training_learns_the_image(kind):
-    """The loss of a run's own trainer and its gradient by the last bias, against the formula."""
-    trainer = make_trainer(new_config(kind, "image"))
-    params, painted = painter(trainer.network)
+    """The loss of a run's own step and its gradient by the last bias, against the formula."""
+    train_step = make_train_step(new_config(kind, "image"))
+    params, painted = painter(train_step.network)
     rng = np.random.default_rng(2)
     images, noise = (rng.uniform(-1, 1, (4, 8, 8, 3)).astype(np.float32) for _ in range(2))
     t = np.array([0.1, 0.7, 0.94, 0.99], np.float32)
     draws = Draws(t, noise, np.zeros(4, bool))
 
     def loss(params):
-        return trainer.loss({"network": params}, images, np.arange(4), draws, None)[0]
+        return train_step.loss({"network": params}, {"image": images, "label": np.arange(4)}, draws)[0]
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(params)
     scale = np.maximum(1 - t.astype(float), 0.05)[:, None, None, None]

@@ -12,7 +12,7 @@ from deco_jax.diffusion.flow import draw
 from deco_jax.parallel import mesh as meshes
 from deco_jax.training import step as step_module
 from deco_jax.training.start import abstract_state
-from deco_jax.training.step import jit_step, make_trainer
+from deco_jax.training.step import jit_step, make_train_step
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 import equivalence
@@ -35,14 +35,14 @@ def reference(quick_compile, split_everything):
 
 @pytest.mark.parametrize("name", equivalence.CASES)
 def test_a_preset_changes_nothing(reference, name):
-    *results, another_step, mesh = equivalence.compute(equivalence.CASES[name], jax.devices())
+    *results, another_step, layout = equivalence.compute(equivalence.CASES[name], jax.devices())
     measured = equivalence.errors(reference, results)
     assert max(measured.values()) <= 1e-5, measured
-    with meshes.use_mesh(mesh), jax.no_tracing():
+    with meshes.use_mesh(layout), jax.no_tracing():
         state = another_step()  # of the same program: what came out of it goes in again as it is
     if "fsdp" in name:
         kernel = state.params["network"]["transformer"]["layers"]["block"]["mlp"]["up"]["kernel"]
-        assert kernel.sharding.shard_shape(kernel.shape)[1] == kernel.shape[1] // mesh.shape["fsdp"]
+        assert kernel.sharding.shard_shape(kernel.shape)[1] == kernel.shape[1] // layout.mesh.shape["fsdp"]
     for tree in (state.ema, state.opt_state[0].mu["network"], state.opt_state[0].nu["network"]):
         for a, b in zip(jax.tree.leaves(state.params["network"]), jax.tree.leaves(tree), strict=True):
             assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
@@ -60,13 +60,13 @@ def test_draws_differ_across_examples_devices_and_accumulation_steps(tiny_config
     monkeypatch.setattr(step_module, "draw", spy)
     tiny_config.optimizer.accumulation = 2
     tiny_config.flow.null_probability = 0.5
-    trainer, mesh = make_trainer(tiny_config), meshes.make_mesh(tiny_config.mesh)
-    abstract = abstract_state(trainer, mesh)
+    train_step, layout = make_train_step(tiny_config), meshes.make_layout(tiny_config.mesh)
+    abstract, mesh = abstract_state(train_step, layout), layout.mesh
     batch = {"image": np.zeros((16, 28, 28, 3), np.uint8), "label": np.zeros(16, np.int32)}
-    with meshes.use_mesh(mesh):
+    with meshes.use_mesh(layout):
         placed = meshes.place_batch(batch, mesh, np.arange(16), 16)
-        notes = meshes.place_notes(False, np.full(16, -1), mesh, np.arange(16), 16)
-        state, *_ = jit_step(trainer, abstract, mesh)(equivalence.any_state(abstract), placed, notes, None)
+        messages = meshes.place_messages(False, np.full(16, -1), mesh, np.arange(16), 16)
+        state, *_ = jit_step(train_step, abstract, layout)(equivalence.any_state(abstract), placed, messages, {})
         jax.block_until_ready(state)
         jax.effects_barrier()
     examples = {(t, n.tobytes(), bool(d)) for ts, ns, ds in seen for t, n, d in zip(ts, ns, ds, strict=True)}

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from deco_jax.errors import AgreedError, UsageError
-from deco_jax.parallel import processes as distributed
+from deco_jax.parallel import processes
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -22,14 +22,14 @@ COORDINATOR = {
 
 
 def test_a_laptop_is_a_single_process():
-    assert distributed.decide({}, tpu_vm=False) == distributed.Decision("a single process", None)
-    assert distributed.decide({**SLURM, "SLURM_NTASKS": "1"}, tpu_vm=False).arguments is None
+    assert processes.decide({}, tpu_vm=False) == processes.Decision("a single process", None)
+    assert processes.decide({**SLURM, "SLURM_NTASKS": "1"}, tpu_vm=False).arguments is None
     batch_script = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}  # outside of srun there is no step
-    assert distributed.decide(batch_script, tpu_vm=False).arguments is None
+    assert processes.decide(batch_script, tpu_vm=False).arguments is None
 
 
 def test_an_explicit_coordinator_wins():
-    decision = distributed.decide({**SLURM, **COORDINATOR, "JOBSET_NAME": "xl"}, tpu_vm=True)
+    decision = processes.decide({**SLURM, **COORDINATOR, "JOBSET_NAME": "xl"}, tpu_vm=True)
     assert decision.text == "coordinator 10.0.0.1:1234 (JobSet xl), process 3 of 4"
     assert decision.arguments == {
         "coordinator_address": "10.0.0.1:1234",
@@ -50,7 +50,7 @@ def test_an_explicit_coordinator_wins():
 )
 def test_an_incomplete_coordinator_is_named(change, message):
     with pytest.raises(UsageError, match=message):
-        distributed.decide({**COORDINATOR, **change}, tpu_vm=False)
+        processes.decide({**COORDINATOR, **change}, tpu_vm=False)
 
 
 @pytest.mark.parametrize(
@@ -70,39 +70,38 @@ def test_an_incomplete_coordinator_is_named(change, message):
 )
 def test_a_slurm_task_uses_its_share_of_the_gpus(change, gpus):
     """Guards against jax's default, which leaves all but one GPU of a node idle where it has a single task."""
-    decision = distributed.decide({**SLURM, **change}, tpu_vm=False)
+    decision = processes.decide({**SLURM, **change}, tpu_vm=False)
     assert decision.text == "SLURM job 7, task 5 of 8"
     assert decision.arguments == {"cluster_detection_method": "slurm", "local_device_ids": gpus}
 
 
 def test_tpus():
     gke = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}
-    assert distributed.decide(gke, tpu_vm=True).text == "TPU on GKE, host 1 of 2, 1 slice(s)"
+    assert processes.decide(gke, tpu_vm=True).text == "TPU on GKE, host 1 of 2, 1 slice(s)"
     one_host = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
-    assert distributed.decide(one_host, tpu_vm=True).arguments is None
-    assert distributed.decide({**one_host, "MEGASCALE_NUM_SLICES": "2"}, tpu_vm=True).arguments == {}
-    assert distributed.decide({}, tpu_vm=True).arguments == {}
-    assert distributed.decide({"TPU_SKIP_MDS_QUERY": "1"}, tpu_vm=True).arguments is None
+    assert processes.decide(one_host, tpu_vm=True).arguments is None
+    assert processes.decide({**one_host, "MEGASCALE_NUM_SLICES": "2"}, tpu_vm=True).arguments == {}
+    assert processes.decide({}, tpu_vm=True).arguments == {}
+    assert processes.decide({"TPU_SKIP_MDS_QUERY": "1"}, tpu_vm=True).arguments is None
 
 
 def test_an_error_is_the_others_only_if_it_says_so():
     gone = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:43175")
-    assert distributed.broken_run(gone).code == 75
-    assert distributed.broken_run(ValueError("UNKNOWN: Gloo AllGather failed: Read error")).code == 75
-    assert distributed.broken_run(UsageError("data.path=x")).code == 2
-    assert distributed.broken_run(ValueError("a bug")).code == 1
-    assert distributed.broken_run(ConnectionResetError("Connection reset by storage")).code == 1
-    assert distributed.broken_run(KeyboardInterrupt()).code == 130
+    assert processes.broken_run(gone).code == 75
+    assert processes.broken_run(ValueError("UNKNOWN: Gloo AllGather failed: Read error")).code == 75
+    assert processes.broken_run(UsageError("data.path=x")).code == 2
+    assert processes.broken_run(ValueError("a bug")).code == 1
+    assert processes.broken_run(ConnectionResetError("Connection reset by storage")).code == 1
+    assert processes.broken_run(KeyboardInterrupt()).code == 130
 
 
 def test_what_is_agreed_on_is_told_to_all(monkeypatch):
     """With the exchange replaced: of three processes, the last found a mistake."""
-    others = [distributed._bytes(""), distributed._bytes(""), distributed._bytes("data.path=/x is no folder.")]
-    monkeypatch.setattr(distributed.jax, "process_count", lambda: 3)
-    monkeypatch.setattr(distributed, "_gather", lambda row: [row, *others[1:]])
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(processes, "_allgather", lambda text: [text, "", "data.path=/x is no folder."])
     with pytest.raises(AgreedError, match=r"process 2 stopped: data.path=/x is no folder\."):
-        distributed.together(lambda: "fine here")
+        processes.agree(lambda: "fine here")
     with pytest.raises(AgreedError, match="mine"):
-        distributed.together(lambda: (_ for _ in ()).throw(UsageError("mine")))
+        processes.agree(lambda: (_ for _ in ()).throw(UsageError("mine")))
     with pytest.raises(AgreedError, match="the seed of process 1 is , of process 0 7"):
-        distributed.check_same("the seed", "7")
+        processes.assert_equal("the seed", "7")

@@ -121,7 +121,7 @@ def losses(workdir):
 
 def run_here(workdir, devices, monkeypatch, steps=6, preset="fsdp"):
     """The same run in this process, on some of its devices: hashes of its batches."""
-    steps_seen, make_mesh, place_batch = [], meshes.make_mesh, meshes.place_batch
+    steps_seen, make_layout, place_batch = [], meshes.make_layout, meshes.place_batch
 
     def record(batch, *rest):
         images = zip(batch["image"], batch["label"], strict=True)
@@ -130,7 +130,7 @@ def run_here(workdir, devices, monkeypatch, steps=6, preset="fsdp"):
 
     with monkeypatch.context() as patch:
         patch.setattr(meshes, "SMALL", 0)
-        patch.setattr(meshes, "make_mesh", lambda config: make_mesh(config, jax.devices()[:devices]))
+        patch.setattr(meshes, "make_layout", lambda config: make_layout(config, jax.devices()[:devices]))
         patch.setattr(meshes, "place_batch", record)
         train(load_config(CONFIG, [f"--config.mesh.preset={preset}", f"--config.train.steps={steps}"]), str(workdir))
     return steps_seen

@@ -10,18 +10,19 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import deco_jax
-from deco_jax.checkpoints import store as checkpoint
+from deco_jax.checkpoints import store
 from deco_jax.cli import main
 from deco_jax.errors import UsageError
-from deco_jax.parallel import mesh as meshes
+from deco_jax.parallel.mesh import make_layout
 from deco_jax.porting import convert as module
 from deco_jax.porting import moments
-from deco_jax.porting.convert import Bundle, _write_checkpoint, convert, read
+from deco_jax.porting.bundle import Bundle
+from deco_jax.porting.convert import convert, read, write_checkpoint
 from deco_jax.pretrained import names, networks
 from deco_jax.training.loop import train
 from deco_jax.training.start import abstract_on_host, abstract_state, find_weights, first_state
 from deco_jax.training.state import TrainState
-from deco_jax.training.step import make_trainer
+from deco_jax.training.step import make_train_step
 from deco_jax.weights import translate
 from deco_jax.weights.files import open_weights
 from tests.helpers import Golden, new_tiny_config, relative_error
@@ -112,8 +113,8 @@ def test_the_card_of_a_run_says_how_it_was_trained(tiny_config, tmp_path):
     for text in ("| data | digits |", "| batch | 16 |", "lr 0.001", "| step | 6 |", "| loss | "):
         assert text in card
     convert(str(tmp_path / "run"), str(tmp_path / "again"), train_state=True)
-    (where, step), (there, _) = (checkpoint.find_checkpoint(str(tmp_path / name)) for name in ("run", "again"))
-    assert step == 6 and checkpoint.read_meta(there, 6)["converted_from"] == str(tmp_path / "run")
+    (where, step), (there, _) = (store.find_checkpoint(str(tmp_path / name)) for name in ("run", "again"))
+    assert step == 6 and store.read_meta(there, 6)["converted_from"] == str(tmp_path / "run")
     ours, theirs = (read(str(tmp_path / name), ("ema", "online"), True, True) for name in ("again", "run"))
     assert_trees_equal((ours.ema, ours.online, ours.moments), (theirs.ema, theirs.online, theirs.moments))
     assert where != there
@@ -137,7 +138,7 @@ def test_one_more_step_is_the_step_that_torch_takes(workdir):
     optimizer.step()
 
     bundle = read(workdir, ("ema", "online"), True, True)
-    trainer = make_trainer(bundle.config)
+    train_step = make_train_step(bundle.config)
     params = {"network": bundle.online, "projector": bundle.projector}
     zero = np.int32(0)
     opt_state = moments.fill(abstract_on_host(bundle.config).opt_state, *bundle.moments)
@@ -150,7 +151,7 @@ def test_one_more_step_is_the_step_that_torch_takes(workdir):
         "network": translate.from_torch(names.DECO, cut("denoiser."), bundle.online),
         "projector": translate.from_torch(names.PROJECTOR, cut("diffusion_trainer."), bundle.projector),
     }
-    state, _ = jax.jit(trainer.update)(state, tree, {"loss": np.float32(1)})
+    state, _ = jax.jit(train_step.update)(state, tree, {"loss": np.float32(1)})
     ours = {f"denoiser.{k}": v for k, v in translate.to_torch(names.DECO, state.params["network"]).items()}
     ours |= {
         f"diffusion_trainer.{k}": v for k, v in translate.to_torch(names.PROJECTOR, state.params["projector"]).items()
@@ -173,7 +174,7 @@ def test_training_goes_on_in_a_converted_workdir(tmp_path):
     config.train.update(steps=1236, log_every=1)
     before = read(str(target), ("ema", "online"), True, False)
     train(config, str(target))
-    assert checkpoint.find_checkpoint(str(target))[1] == 1236
+    assert store.find_checkpoint(str(target))[1] == 1236
     assert [json.loads(line)["step"] for line in (target / "metrics.jsonl").open()] == [1235, 1236]
     after = read(str(target), ("ema", "online"), True, False)
     assert (before.moments[0], after.moments[0]) == (1, 3)
@@ -253,14 +254,14 @@ def test_a_file_with_one_set_serves_as_both(tmp_path, prefix, has):
 def test_converted_weights_start_an_aligned_run_and_remember_their_teacher(tiny_config, tmp_path):
     """A run with alignment, converted as weights: no projector is there, so the new run makes its own."""
     tiny_config.loss.update(alignment_weight=0.5, alignment_layer=1, alignment_features=24)
-    trainer, mesh = make_trainer(tiny_config), meshes.make_mesh(tiny_config.mesh)
-    abstract = abstract_state(trainer, mesh)
+    train_step, layout = make_train_step(tiny_config), make_layout(tiny_config.mesh)
+    abstract = abstract_state(train_step, layout)
     network = jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), abstract.ema)
-    _write_checkpoint(Bundle(tiny_config, network, network, fingerprint="digits", teacher="abc"), tmp_path / "run")
+    write_checkpoint(Bundle(tiny_config, network, network, fingerprint="digits", teacher="abc"), tmp_path / "run")
     convert(str(tmp_path / "run"), str(tmp_path / "copy"))
-    assert checkpoint.read_meta(*checkpoint.find_checkpoint(str(tmp_path / "copy")))["teacher"] == "abc"
+    assert store.read_meta(*store.find_checkpoint(str(tmp_path / "copy")))["teacher"] == "abc"
     tiny_config.train.init_from = str(tmp_path / "copy")
-    state = first_state(trainer, abstract, mesh, find_weights(tiny_config))
+    state = first_state(train_step, abstract, layout, find_weights(tiny_config))
     assert_trees_equal(state.params["network"], network)
     projector = jax.tree.leaves(state.params["projector"])
     assert all(isinstance(x, jax.Array) for x in projector) and any(np.any(x != 0.5) for x in projector)

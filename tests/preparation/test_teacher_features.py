@@ -12,18 +12,18 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from deco_jax import cli
+from deco_jax import cli, storage
+from deco_jax.conditions import ClassLabels
 from deco_jax.data.features import COMPLETE, PARTIAL, Contents, StoredFeatures, features_file, open_features
 from deco_jax.data.pipeline import BadRecords, batches
 from deco_jax.data.sources import open_source
 from deco_jax.diffusion.flow import to_float
 from deco_jax.diffusion.objective import alignment_loss
-from deco_jax.encoders.dinov2.model import DINOv2
-from deco_jax.encoders.dinov2.weights import _official_shapes
-from deco_jax.encoders.teacher import load_teacher, teacher_features
+from deco_jax.encoders.teacher import load_teacher
 from deco_jax.errors import UsageError
 from deco_jax.preparation import teacher as prepare
 from deco_jax.preparation.teacher import prepare_teacher
+from tests.helpers import random_dinov2
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 TOKENS, WIDTH = 4, 64  # of images of 32² and the teacher here
@@ -32,10 +32,13 @@ RECORDS, A_FILE = 10, 4
 
 def write_teacher(path, seed=0, **changes):
     """Random weights of a DINOv2 of one block, in the official layout."""
-    rng = np.random.default_rng(seed)
-    shapes = _official_shapes(DINOv2(width=WIDTH, depth=1, heads=1, table_side=3))
-    tensors = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
-    save_file(tensors | {name: np.full(shapes[name], value, np.float32) for name, value in changes.items()}, path)
+    shapes, rng = {name: value.shape for name, value in random_dinov2(seed, WIDTH).items()}, np.random.default_rng(seed)
+    embedding, block = ("cls_token", "pos_embed", "patch_embed"), ("norm1", "ls1", "norm2", "ls2", "attn", "mlp")
+    order = [*embedding, *(f"blocks.0.{part}" for part in block), "norm"]
+    names = [name for part in order for name in shapes if name.startswith(f"{part}.") or name == part]
+    tensors = {name: rng.normal(0, 0.3, shapes[name]).astype(np.float32) for name in names}
+    changed = {name: np.full(tensors[name].shape, value, np.float32) for name, value in changes.items()}
+    save_file(tensors | changed, path)
 
 
 def write_images(root, count=RECORDS):
@@ -78,8 +81,8 @@ def files_of(folder):
 def directly(config):
     """The teacher's features, image by image, and no code of `prepare`: (records, N, F) fp32."""
     teacher, source = load_teacher(config), open_source(config.data)
-    see = jax.jit(lambda image: teacher_features(teacher.module, teacher.params, to_float(image)))
-    return np.stack([see(source.load(i)[0][None])[0] for i in range(len(source))])
+    see = jax.jit(lambda image: teacher.network(teacher.params, {"image": to_float(image)})["features"])
+    return np.stack([see(source.load(i)["image"][None])[0] for i in range(len(source))])
 
 
 # --- preparing
@@ -175,7 +178,7 @@ def small_folder(folder, config, **changes):
     """A folder that holds two of three files."""
     _, _, contents = prepare._open(config, str(folder), 8)
     folder.mkdir()
-    prepare._write_json(folder / PARTIAL, contents.__dict__ | changes)
+    storage.write_json(folder / PARTIAL, contents.__dict__ | changes)
     for k in range(2):
         np.save(features_file(folder, k), np.zeros(contents.shape(k), np.float16))
 
@@ -225,7 +228,7 @@ def test_what_cannot_begin_is_said_before_anything_is_written(config, tmp_path, 
 def test_two_preparations_at_a_time_do_not_mix(config, tmp_path):
     _, _, contents = prepare._open(config, str(tmp_path), 8)
     with (
-        prepare._claim(tmp_path, contents),
+        prepare._exclusive(tmp_path, contents),
         pytest.raises(UsageError, match=f"--out={tmp_path} is in use by another process"),
     ):
         prepare_teacher(config, str(tmp_path), 8)
@@ -278,7 +281,7 @@ def test_unreadable_images_have_no_features(config, tmp_path, caplog):
         for image, feature, record in zip(batch["image"], batch["features"], batch["bad"], strict=True):
             if record >= 0:
                 stand_in = {2: 3, 9: 0}[int(record)]
-                np.testing.assert_array_equal(image, source.load(stand_in)[0])
+                np.testing.assert_array_equal(image, source.load(stand_in)["image"])
                 np.testing.assert_array_equal(feature, stored[stand_in])
     records = BadRecords(source, 2)
     with caplog.at_level("WARNING", logger="absl"):
@@ -292,7 +295,7 @@ def test_unreadable_images_have_no_features(config, tmp_path, caplog):
 class Numbers:
     """Record i is an image full of i; some cannot be read."""
 
-    identity, num_classes = "numbers", 10
+    identity, condition = "numbers", ClassLabels(10)
     unreadable = (3, 7)
 
     def __len__(self):
@@ -301,7 +304,7 @@ class Numbers:
     def load(self, index):
         if index in self.unreadable:
             raise OSError(f"{index} is broken")
-        return np.full((32, 32, 3), index, np.uint8), index
+        return {"image": np.full((32, 32, 3), index, np.uint8), "label": np.int32(index)}
 
     def describe(self, index):
         return f"number {index}"

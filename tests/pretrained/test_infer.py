@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from deco_jax.config import build_model
 from deco_jax.errors import UsageError
-from deco_jax.models import build_model
+from deco_jax.models.build import parameter_shapes
 from deco_jax.pretrained.infer import ARCHITECTURES, infer, split_networks
-from deco_jax.pretrained.networks import Stored, model_config, parameter_shapes
+from deco_jax.pretrained.networks import Stored, model_config
 from deco_jax.weights import translate
 from tests.helpers import Golden
 

@@ -9,13 +9,14 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import deco_jax
-from deco_jax.checkpoints import store as checkpoint
+from deco_jax.checkpoints import store
+from deco_jax.checkpoints.resume import check_resumable
 from deco_jax.cli import main
-from deco_jax.config import default_config
+from deco_jax.config import build_model, default_config
 from deco_jax.errors import UsageError
-from deco_jax.models import build_model
-from deco_jax.porting.convert import Bundle, _write_checkpoint, convert, read
-from deco_jax.pretrained.networks import parameter_shapes
+from deco_jax.models.build import parameter_shapes
+from deco_jax.porting.bundle import Bundle
+from deco_jax.porting.convert import convert, read, write_checkpoint
 from deco_jax.training.start import find_weights
 from deco_jax.weights.files import open_weights
 from tests.helpers import Golden, relative_error
@@ -42,7 +43,7 @@ def new_run(tmp_path):
         rng = np.random.default_rng(0)
         shapes = parameter_shapes(build_model(config.model))
         params = jax.tree.map(lambda a: rng.normal(0, 0.2, a.shape).astype(np.float32), shapes)
-        _write_checkpoint(Bundle(config, ema=params, online=params, fingerprint="digits"), tmp_path / "ours")
+        write_checkpoint(Bundle(config, ema=params, online=params, fingerprint="digits"), tmp_path / "ours")
         return str(tmp_path / "ours"), config
 
     return make
@@ -151,25 +152,25 @@ def test_a_run_starts_from_and_resumes_only_what_predicts_the_same(new_run):
     run, config = new_run(kind="baseline", prediction="image")
     config.train.init_from = run
     folder, step = find_weights(config)
-    saved = checkpoint.read_meta(folder, step) | {"weights_only": False}
-    checkpoint.check_resumable(saved, checkpoint.make_meta(config, "digits", 1, ""), folder)
+    saved = store.read_meta(folder, step) | {"weights_only": False}
+    check_resumable(saved, store.make_meta(config, "digits", 1, ""), folder)
     config.model.prediction = "velocity"
     with pytest.raises(UsageError, match="holds another network: model.prediction: image there, velocity here"):
         find_weights(config)
     with pytest.raises(UsageError, match="model.prediction: image there, velocity here"):
-        checkpoint.check_resumable(saved, checkpoint.make_meta(config, "digits", 1, ""), folder)
+        check_resumable(saved, store.make_meta(config, "digits", 1, ""), folder)
 
 
 def test_a_checkpoint_from_before_there_was_a_choice_predicts_velocities(new_run):
     """Its configuration lacks the fields; it is opened, started from and resumed as what it was."""
     run, config = new_run()
-    folder, step = checkpoint.find_checkpoint(run)
+    folder, step = store.find_checkpoint(run)
     file = folder / str(step) / "meta" / "metadata"
     meta = json.loads(file.read_text())
     for field in ("prediction", "decoder_patch", "decoder_interaction"):
         del meta["config"]["model"][field]
     file.write_text(json.dumps(meta))
-    assert "prediction" not in checkpoint.read_meta(folder, step)["config"]["model"], "the file is another"
+    assert "prediction" not in store.read_meta(folder, step)["config"]["model"], "the file is another"
     model, _ = deco_jax.load_pretrained(run)
     assert (model.prediction, model.decoder_patch, model.decoder_interaction) == ("velocity", 1, "adaln")
     with pytest.raises(UsageError, match="predicts velocity, not image"):

@@ -9,6 +9,7 @@ every exception but UsageError, and the file CANARY that the hostile pickles try
 """
 
 import argparse
+import codecs
 import collections
 import json
 import os
@@ -82,6 +83,7 @@ def child(first: int, last: int, seed: int, workdir: pathlib.Path) -> None:
 
     for content in [*found.values(), b"", *(truncate(random.Random(i), found, "") for i in range(20))]:
         read(write(case, content))  # imports what is imported late
+    codecs.lookup("raw_unicode_escape")  # Python loads it when it meets the opcode UNICODE
     sys.addaudithook(watch)
     signal.signal(signal.SIGALRM, overtime)
     size = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

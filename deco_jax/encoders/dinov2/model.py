@@ -1,7 +1,7 @@
-"""DINOv2, the vision transformer whose patch features representation alignment looks up to (SPEC 5).
+"""DINOv2, the vision transformer whose patch features are the target of representation alignment (docs/model.md, 5).
 
 Oquab et al., "DINOv2", 2023; with registers: Darcet et al., "Vision Transformers Need Registers", 2023.
-Weights come from `dinov2_weights`. Axis letters as in `models/layers.py`; R register tokens.
+Weights come from `dinov2/weights.py`. Axis letters as in `models/layers.py`; R register tokens.
 """
 
 from typing import Literal
@@ -49,7 +49,7 @@ def prepare_image(image_BxHxWx3: Array, patch_size: int = 14, image_patch: int =
 
 
 def forward_flops(model: "DINOv2", height: int, width: int) -> float:
-    """Floating-point operations of one forward pass on one image, 2 a multiply-add, matrix products only."""
+    """Floating-point operations of one forward pass on one image, 2 per multiply-add, matrix products only."""
     d, patches = model.width, (height // model.image_patch) * (width // model.image_patch)
     tokens = patches + 1 + model.registers
     mlp = (2 if model.mlp == "gelu" else 3) * mlp_width(d, model.mlp)
@@ -96,7 +96,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """s ← s + λ₁·Attention(LN(s)); s ← s + λ₂·MLP(LN(s)), λ one learned factor a channel. s is fp32."""
+    """s ← s + λ₁·Attention(LN(s)); s ← s + λ₂·MLP(LN(s)), λ one learned factor per channel. s is fp32."""
 
     heads: int
     mlp: str

@@ -5,6 +5,7 @@
 It was run at commit 1dcd10d (before the redesign), Python 3.11, jax 0.10.2; `recorded.json` says on which processor.
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -90,6 +91,15 @@ def state_of(workdir, step):
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def processor():
+    """Its name, and a hash of what it can do: XLA's order of adding depends on that."""
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = " ".join(sorted(facts.get("flags", "").split()))
+    digest = hashlib.sha256(flags.encode()).hexdigest()[:16]
+    return {"processor": facts.get("model name", "unknown"), "flags": digest}
+
+
 def main(out):
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -116,9 +126,8 @@ def main(out):
         with tarfile.open(out / "written.tar.xz", "w:xz") as tar:
             for name in kept:
                 tar.add(scratch / name, name)
-    cpu = next(line for line in open("/proc/cpuinfo") if line.startswith("model name"))
     facts = {"deco_jax": deco_jax.__version__, "jax": jax.__version__, "python": platform.python_version()}
-    facts["processor"] = cpu.partition(":")[2].strip()
+    facts |= processor()
     (out / "recorded.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 

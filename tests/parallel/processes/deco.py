@@ -1,6 +1,6 @@
 """`deco`, but every process writes down which images it places on its devices: DECO_TEST_RECORD names the file.
 
-A line a batch: {row of the global batch: hash of image and label}. DECO_TEST_SECONDS makes every batch take longer;
+One line per batch: {row of the global batch: hash of image and label}. DECO_TEST_SECONDS makes every batch take longer;
 the process of number DECO_TEST_FAILS has a mistake of its own to report at its third.
 """
 
@@ -13,13 +13,12 @@ import jax
 
 jax.config.update("jax_disable_most_optimizations", True)
 
-from deco_jax import cli
-from deco_jax.checkpoints import store as checkpoint
+from deco_jax import cli, storage
 from deco_jax.errors import UsageError
 from deco_jax.parallel import mesh as meshes
 
 place_batch, count = meshes.place_batch, []
-checkpoint.SHARED_FOLDER_DELAY = 3
+storage.SHARED_FOLDER_DELAY = 3
 
 
 def record_and_place(batch, mesh, rows, batch_size):

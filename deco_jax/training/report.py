@@ -1,4 +1,4 @@
-"""What a run tells: scalars to JSONL and TensorBoard, pictures, a progress bar or plain lines, and where time went."""
+"""What does a run tell? Scalars to JSONL and TensorBoard, pictures, a progress bar or lines, and where time went."""
 
 import contextlib
 import json
@@ -9,8 +9,80 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
+
+from deco_jax.parallel.hardware import peak_flops
+
+
+class Reporter:
+    """All that a run tells while it trains. The scalars of a step are read when the next one is under way."""
+
+    def __init__(
+        self, config: ConfigDict, batch_size: int, workdir: pathlib.Path, step: int, clock: "Clock", image_flops: float
+    ):
+        """`config` is the `train` part of a configuration, `step` the first, `image_flops` a step's per image."""
+        active = jax.process_index() == 0
+        self.config, self.batch_size, self.clock, self.image_flops = config, batch_size, clock, image_flops
+        self.peak = peak_flops(jax.devices()[0])
+        self.writers, self.progress = Writers(workdir, active), Progress(config.steps, step, active)
+        self.goodput = Goodput(workdir, step, clock, active)
+        self.step = step
+        self.waiting: tuple[int, dict[str, jax.Array]] | None = None  # a step to log, its metrics on the devices
+        self.since: tuple[int, float, float] | None = None  # (step, busy, data wait) when something was last logged
+
+    def after(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes note of a step that has been dispatched; logs the one that was waiting."""
+        self.write()
+        self.step = step
+        if self.since is None:  # the first step's time is the compiler's
+            self.since = step, self._busy(), self.clock.seconds["data wait"]
+        if step % self.config.log_every == 0 or step == self.config.steps:
+            self.waiting = step, metrics
+
+    def write(self) -> None:
+        """Writes the scalars that are waiting, if there are any."""
+        if self.waiting is None:
+            return
+        (step, metrics), self.waiting = self.waiting, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now, data = self._busy(), self.clock.seconds["data wait"]
+        last_step, last_time, last_data = self.since
+        self.since = step, now, data
+        if step > last_step:
+            values["step_seconds"] = (now - last_time) / (step - last_step)
+            values["data_wait_seconds"] = (data - last_data) / (step - last_step)
+            values["images_per_second"] = self.batch_size / values["step_seconds"]
+        if self.peak is not None and "images_per_second" in values:
+            values["mfu"] = values["images_per_second"] * self.image_flops / (self.peak * jax.device_count())
+        self.writers.scalars(step, values)
+        self.progress.update(step, values)
+
+    def _busy(self) -> float:
+        """A clock that stands still while the run samples, saves or compiles."""
+        return time.perf_counter() - sum(self.clock.seconds[name] for name in ("eval", "checkpoint", "compile"))
+
+    def picture(self, step: int, grid_HxWx3: np.ndarray) -> None:
+        """Shows a grid of samples."""
+        self.writers.picture(step, grid_HxWx3)
+
+    def saved(self, step: int) -> None:
+        """Takes note of a checkpoint."""
+        self.goodput.note(step)
+        self.writers.flush()
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        self.progress.say(text)
+
+    def close(self, error_type: type | None, *_: Any) -> None:
+        """Ends logs and bar, and says where the time went; called as the run ends, with the exception's type if any."""
+        ended = error_type is None and self.step >= self.config.steps
+        self.writers.close()
+        self.progress.close()
+        self.progress.say(self.goodput.close(self.step, ended))
 
 
 class Clock:
@@ -36,7 +108,7 @@ class Clock:
 class Goodput:
     """Where the time of a run went, over all its starts, and what restarts cost.
 
-    `goodput.jsonl` gets a line at the start of an attempt, with every checkpoint, and at its end. Unless the run had
+    `goodput.jsonl` gets one line at the start of an attempt, with every checkpoint, and at its end. Unless the run had
     finished, what lies between the checkpoint that is resumed and the new start is lost: work that is done twice, and
     time not running.
     """
@@ -93,7 +165,7 @@ def _sum(*parts: dict[str, float]) -> dict[str, float]:
 class Writers:
     """Scalars and pictures of a run, written by the first host only.
 
-    Files: `metrics.jsonl`, one line a logged step, appended to by a resumed run; `tensorboard/`;
+    Files: `metrics.jsonl`, one line per logged step, appended to by a resumed run; `tensorboard/`;
     `samples/step_00001000.png`.
     """
 
@@ -138,7 +210,7 @@ class Writers:
 
 
 class Progress:
-    """A bar with loss, images/s and time left in a terminal; elsewhere a line a log step."""
+    """A bar with loss, images/s and time left in a terminal; elsewhere one line per logged step."""
 
     def __init__(self, total: int, start: int, active: bool):
         self.total, self.active = total, active

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from deco_jax.training import metrics
-from deco_jax.training.metrics import Clock, Goodput
+from deco_jax.training import report
+from deco_jax.training.report import Clock, Goodput
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def now(monkeypatch):
     class Now:
         seconds = 1000.0
 
-    monkeypatch.setattr(metrics.time, "time", lambda: Now.seconds)
+    monkeypatch.setattr(report.time, "time", lambda: Now.seconds)
     return Now
 
 

@@ -1,0 +1,55 @@
+"""May a run go on from a checkpoint of another configuration, and what is then different?"""
+
+import os
+from typing import Any
+
+from deco_jax.config import FIELDS, flatten, restore_config
+from deco_jax.errors import UsageError
+
+
+def check_resumable(saved: dict[str, Any], now: dict[str, Any], where: str | os.PathLike) -> list[str]:
+    """Compares a run with the one that wrote a checkpoint, which it is to continue.
+
+    They must agree in what makes the run: network, data, batch, seed, flow, losses and the teacher's weights. How fast
+    it learns and averages, when it reports, and where it runs may change: the fields that are "free" in config.FIELDS.
+
+    Args:
+      saved: the checkpoint's meta, see `store.make_meta`.
+      now: that of the run which is to go on.
+      where: the checkpoint is, for messages.
+
+    Returns:
+      One line for each field that is free and differs, "optimizer.lr: 0.0001 there, 5e-05 here", for the log.
+
+    Raises:
+      UsageError: it must not; all fields that differ are listed.
+    """
+    if saved.get("weights_only"):
+        raise UsageError(
+            f"{where} holds converted weights without an optimiser's state; start another workdir with "
+            f"--config.train.init_from={where}, or convert with --train-state."
+        )
+    then, today = flatten(restore_config(saved, where)), flatten(restore_config(now))
+    differences = {
+        field: f"{field}: {then[field]} there, {today[field]} here"
+        for field in sorted(FIELDS)
+        if then[field] != today[field]
+    }
+    accepted = {field: text for field, text in differences.items() if FIELDS[field].resume == "free"}
+    refused = {field: text for field, text in differences.items() if FIELDS[field].resume == "fixed"}
+    if "decisive" in saved:  # converted: the file said little more than this of what was trained, and how
+        accepted = {field: text for field, text in accepted.items() if field.startswith("optimizer.")}
+        refused = {field: text for field, text in refused.items() if field in saved["decisive"]}
+    problems = list(refused.values())
+    if "decisive" in saved and any(field.startswith("loss.alignment") for field in refused):
+        problems.append("to train without alignment, convert again with --without-projector")
+    if "decisive" not in saved and not problems and saved["fingerprint"] != now["fingerprint"]:
+        problems = [f"data fingerprint: {saved['fingerprint']} there, {now['fingerprint']} here (the records changed)"]
+    if not problems and saved.get("teacher") and saved["teacher"] != now["teacher"]:
+        problems = [f"teacher: weights {saved['teacher']} there, {now['teacher']} here (hashes)"]
+    if problems:
+        raise UsageError(
+            f"{where} was trained with another configuration: {'; '.join(problems)}. Restore these values, or start a "
+            "new workdir (with --config.train.init_from to begin from these weights)."
+        )
+    return list(accepted.values())

@@ -1,0 +1,96 @@
+"""What is a network told about the image it makes? One interface for batches, training, sampling and planning.
+
+A condition knows the fields of a batch that carry it, how examples lose it in training, and how users write it. What
+a network gets is a tree of arrays with the batch as leading axis; only the network, and the encoder before it if there
+is one, look into it. `ClassLabels` is the only one so far: its encoder is a table inside the network.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from deco_jax.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassLabels:
+    """One of `num_classes` classes, or none: labels 0 … num_classes − 1, and num_classes for "no class"."""
+
+    num_classes: int
+    nothing = "null"  # how a user asks for no class
+
+    @property
+    def fields(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The batch's fields that carry the condition: shape and dtype of one example."""
+        return {"label": jax.ShapeDtypeStruct((), np.int32)}
+
+    def drop(self, batch: Mapping[str, Array], drop_B: Array) -> dict[str, Array]:
+        """The batch, in which the examples that `drop_B` marks have lost their class."""
+        return {**batch, "label": jnp.where(drop_B, self.num_classes, batch["label"])}
+
+    def from_batch(self, batch: Mapping[str, Array]) -> Array:
+        """What the network gets: labels (B,) int32."""
+        return batch["label"]
+
+    def example(self, batch_size: int) -> Array:
+        """Some condition, (B,), to initialise a network with."""
+        return jnp.zeros(batch_size, jnp.int32)
+
+    def read(self, requests: Array | Sequence[int | str]) -> np.ndarray:
+        """What users ask for, integers or "null", as the network takes it: (B,) int32.
+
+        Raises:
+          UsageError: one is neither a class of the network nor "null".
+        """
+        values = list(np.asarray(requests) if hasattr(requests, "dtype") else requests)
+        wrong = [
+            value
+            for value in values
+            if not (isinstance(value, str) and value == self.nothing)
+            and not (isinstance(value, int | np.integer) and 0 <= value < self.num_classes)
+        ]
+        if wrong:
+            shown = ", ".join(str(value) for value in wrong[:5])
+            raise UsageError(
+                f"labels {shown} do not exist; the network has the classes 0 to {self.num_classes - 1} "
+                'and, by that name, "null".'
+            )
+        return np.array([self.num_classes if isinstance(value, str) else value for value in values], np.int32)
+
+    def parse(self, text: str) -> list[int | str]:
+        """The command line's "0,5-7,null" → [0, 5, 6, 7, "null"]; "all" → every class.
+
+        Raises:
+          UsageError: the text is not understood, or names a class that does not exist.
+        """
+        if text == "all":
+            return list(range(self.num_classes))
+        labels: list[int | str] = []
+        for part in text.split(","):
+            match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?|null", part.strip())
+            if match is None or (match[2] and int(match[2]) < int(match[1])):
+                raise UsageError(f"--labels={text} is not understood; write for instance 0,1,5-9 or null or all.")
+            labels += ["null"] if match[1] is None else range(int(match[1]), int(match[2] or match[1]) + 1)
+        self.read(labels)
+        return labels
+
+    def spread(self, number: int) -> list[int | str]:
+        """`number` requests that show the variety there is: classes, as far apart as they can be."""
+        return (np.arange(number) * self.num_classes // number).tolist()
+
+    def cycle(self, indices: Array) -> Any:
+        """The conditions of images with these numbers where nobody asks for any: class i modulo their number."""
+        return indices % self.num_classes
+
+    def check_data(self, offered: "ClassLabels") -> None:
+        """Raises UsageError if a network of this condition cannot learn from data that come with the one `offered`."""
+        if offered.num_classes > self.num_classes:
+            raise UsageError(
+                f"model.num_classes={self.num_classes} is too few; the data has {offered.num_classes} classes."
+            )

@@ -1,1 +1,0 @@
-"""Mesh presets, a file each: `mesh.preset` names one of them."""

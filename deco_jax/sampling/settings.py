@@ -1,0 +1,69 @@
+"""How is an image to be drawn? The settings of a sampler, checked in one place and carried through as one object."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from deco_jax.diffusion.flow import shift_time
+from deco_jax.errors import UsageError
+from deco_jax.sampling.solvers import SOLVERS
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Settings of a sampler (docs/model.md, section 7); UsageError if one is out of range."""
+
+    steps: int = 50  # of the solver
+    solver: str = "euler"  # one of SOLVERS
+    guidance: float = 1.0  # weight of classifier-free guidance; 1 is none, and half the work
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # guidance acts on steps that start at low < t ≤ high
+    shift: float = 1.0  # time shift; above 1 spends more steps near noise
+    last: float = 0.0  # length of the last step, before the shift; 0 = 1/steps
+
+    def __post_init__(self):
+        interval = tuple(self.guidance_interval)
+        if self.steps < 1:
+            raise UsageError(f"steps={self.steps} must be at least 1.")
+        if not math.isfinite(self.guidance):
+            raise UsageError(f"guidance={self.guidance} must be a finite number; 1 is none.")
+        numbers = len(interval) == 2 and all(isinstance(t, int | float) for t in interval)
+        if not numbers or not 0 <= interval[0] <= interval[1] <= 1:
+            raise UsageError(f"guidance_interval={interval} must be (low, high) with 0 ≤ low ≤ high ≤ 1.")
+        if not 0 < self.shift < math.inf:
+            raise UsageError(f"shift={self.shift} must be positive; 1 is no shift.")
+        if not 0 <= self.last < 1:
+            raise UsageError(f"last={self.last} must be from 0 to below 1; 0 is 1/steps.")
+        if self.solver not in SOLVERS:
+            raise UsageError(f"solver={self.solver!r} is not known; allowed: {', '.join(SOLVERS)}.")
+        # Equal settings are equal keys of the compiled samplers.
+        object.__setattr__(self, "guidance_interval", (float(interval[0]), float(interval[1])))
+        for name in ("guidance", "shift", "last"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, **changes: Any) -> "Sampling":
+        """The settings in the `sample` part of a configuration, with those changes that are not None."""
+        values = {field.name: config[field.name] for field in dataclasses.fields(cls)}
+        return cls(**values | {name: value for name, value in changes.items() if value is not None})
+
+    @property
+    def times(self) -> np.ndarray:
+        """The times a solver visits, (steps + 1,), float64: from 0 = noise to 1 = data.
+
+        linspace(0, 1 − last, steps), then 1, shifted towards noise by `shift`.
+        """
+        last = self.last or 1 / self.steps
+        return shift_time(np.append(np.linspace(0, 1 - last, self.steps), 1.0), self.shift)
+
+    @property
+    def guided_steps(self) -> np.ndarray:
+        """Which steps use guidance, (steps,): those that start at t with low < t ≤ high; none if guidance is 1.
+
+        So the first step, from t = 0, is never guided. Compared in fp32, as PyTorch compares its fp32 grid.
+        """
+        low, high = np.float32(self.guidance_interval)
+        starts = self.times[:-1].astype(np.float32)
+        return (starts > low) & (starts <= high) & (self.guidance != 1)

@@ -1,0 +1,105 @@
+"""How does a file or folder get its name only when it is whole, and how does one run keep a folder to itself?"""
+
+import contextlib
+import fcntl
+import json
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from absl import logging
+
+from deco_jax.errors import UsageError
+
+SHARED_FOLDER_DELAY = 60  # seconds until a host surely sees what another has written to a network folder
+
+
+@contextlib.contextmanager
+def write_beside(path: pathlib.Path, first_wins: bool = False) -> Iterator[pathlib.Path]:
+    """A draft beside `path`, to be made within as a file or folder, which takes the place of `path` at the end.
+
+    What was at `path` stays until then, and stays if writing fails. The draft has the name of `path`, in a folder of
+    its own, since some writers look at names.
+
+    Args:
+      path: of the file or folder.
+      first_wins: leave what is at `path` at the end, as another process made the same.
+
+    Raises:
+      UsageError: the draft cannot be made, or not take the place.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        around = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
+    with around:
+        draft, replaced = pathlib.Path(around.name) / path.name, pathlib.Path(around.name) / ".replaced"
+        yield draft
+        if first_wins and path.exists():
+            return
+        with writing(path):
+            if path.is_dir():
+                path.rename(replaced)  # a folder cannot be renamed over another
+            try:
+                draft.replace(path)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(path)
+                raise
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Within it, an error of the operating system is a UsageError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error}.") from error
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+    """Replaces `path` by a file of this content."""
+    with write_beside(path) as draft, writing(path):
+        draft.write_bytes(content)
+
+
+def write_json(path: pathlib.Path, values: Any) -> None:
+    """Replaces `path` by these values as JSON."""
+    write_bytes(path, json.dumps(values, indent=2, ensure_ascii=False).encode())
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path, name: str) -> Iterator[None]:
+    """Within it, this process alone uses `folder`, which is made if missing.
+
+    As far as the folder's locks reach: on gcsfuse that is one host.
+
+    Args:
+      folder: gets a file `.lock`.
+      name: of the folder in messages, for instance "--workdir=runs/xl".
+
+    Raises:
+      UsageError: another process holds it, or it cannot be made.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{name} is in use by another process.") from error
+        except OSError as error:  # Lustre without -o flock, NFS without a lock daemon
+            logging.warning("%s cannot be locked (%s): see to it yourself that one run uses it.", folder, error)
+        yield
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    """Waits until `condition` holds, as files of other hosts appear; returns whether it came to hold in time."""
+    end = time.monotonic() + SHARED_FOLDER_DELAY
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.5)
+    return True

@@ -1,0 +1,72 @@
+"""Files appear whole or not at all, and a folder has one user at a time."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from deco_jax import storage
+from deco_jax.errors import UsageError
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "new" / "values.json"
+    storage.write_json(path, {"a": 1})
+    storage.write_json(path, {"ä": 2})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"ä": 2}
+    assert [p.name for p in path.parent.iterdir()] == ["values.json"], "a draft was left behind"
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_was_there_stays_if_writing_fails(tmp_path, folder):
+    path = tmp_path / "it"
+
+    def write(draft, text):
+        if folder:
+            draft.mkdir()
+        (draft / "inside" if folder else draft).write_text(text)
+
+    with storage.write_beside(path) as draft:
+        write(draft, "first")
+        assert draft.name == path.name and not path.exists(), "some writers look at the name"
+    with pytest.raises(RuntimeError), storage.write_beside(path) as draft:
+        write(draft, "second")
+        raise RuntimeError
+    assert (path / "inside" if folder else path).read_text() == "first"
+    with storage.write_beside(path) as draft:
+        write(draft, "third")
+    with storage.write_beside(path, first_wins=True) as draft:
+        write(draft, "fourth")
+    assert (path / "inside" if folder else path).read_text() == "third"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    for write in (
+        lambda: storage.write_bytes(tmp_path / "file" / "a", b""),
+        lambda: storage.locked(tmp_path / "file" / "a", "--out=a").__enter__(),
+    ):
+        with pytest.raises(UsageError, match="file/a cannot be written"):
+            write()
+
+
+def test_a_folder_has_one_user_at_a_time(tmp_path):
+    """Another process is refused while this one holds the folder, and not afterwards."""
+    code = f"import pathlib, deco_jax.storage as s\nwith s.locked(pathlib.Path({str(tmp_path)!r}), '--it'): pass"
+
+    def other():
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    with storage.locked(tmp_path, "--it"):
+        refused = other()
+        assert "--it is in use by another process" in refused.stderr and refused.returncode
+    assert other().returncode == 0
+
+
+def test_waiting_ends(monkeypatch):
+    monkeypatch.setattr(storage, "SHARED_FOLDER_DELAY", 0.6)
+    answers = iter([False, True])
+    assert storage.wait_until(lambda: next(answers))
+    assert not storage.wait_until(lambda: False)
