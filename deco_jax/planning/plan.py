@@ -1,13 +1,12 @@
 """`deco plan`: would this run fit on that hardware, and how fast could it be? Answered without the hardware.
 
-For a TPU topology the run's real program is compiled by libtpu on this CPU; `cpu:8` is a simulated mesh; for GPUs
-there is an estimate. See docs/plan.md for how each number is made.
+The run's real program is compiled on this CPU: for TPUs by libtpu, for GPUs by jax's CUDA plugin, for `cpu:8` as a
+simulated mesh. See docs/plan.md for how each number is made.
 """
 
 import dataclasses
 import datetime
 import functools
-import importlib.metadata
 import math
 import re
 import time
@@ -16,25 +15,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from deco_jax.config import load_config
-from deco_jax.diffusion.flow import Draws
-from deco_jax.encoders.teacher import abstract_params, default_teacher
+from deco_jax.encoders.teacher import default_teacher
 from deco_jax.errors import UsageError
 from deco_jax.models.flops import forward_flops
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel.hardware import GIB, Accelerator
-from deco_jax.planning import hlo
+from deco_jax.parallel.mesh import Layout
+from deco_jax.planning import cost, hlo
 from deco_jax.planning.topology import Topology, make_devices, parse_topology
 from deco_jax.sampling.sample import compiled_sampler
-from deco_jax.sampling.solvers import guided_steps, time_grid
+from deco_jax.sampling.settings import Sampling
 from deco_jax.training.start import abstract_state, check_devices
 from deco_jax.training.state import TrainState
-from deco_jax.training.step import Trainer, jit_step, make_trainer, step_flops
+from deco_jax.training.step import TrainStep, jit_step, make_train_step, step_flops
 
 Report = dict[str, Any]  # what --json prints
+
+# Of the compiler. Products in Triton are tuned on the device, which is not here; without Triton cuBLAS does them.
+OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": "0"}}
 
 
 def plan(
@@ -55,9 +56,9 @@ def plan(
       path, overrides: see `load_config`.
       topology, slices: see `parse_topology`.
       preset: replaces `mesh.preset`.
-      per_device_batch: images a device that splits the batch; the configuration's global batch unless given.
+      per_device_batch: images per device that splits the batch; the configuration's global batch unless given.
       sampler: plan drawing images with the settings of `config.sample`, not the training step.
-      fit: also look for the largest batch a device.
+      fit: also look for the largest batch per device.
       say: told what is being done.
 
     Raises:
@@ -72,25 +73,35 @@ def plan(
     if slices > 1:
         config.mesh.slices = slices
     devices = make_devices(place)
-    mesh = meshes.make_mesh(config.mesh, devices)
-    if place.is_gpu:
-        config.model.attention = "default"  # nothing is compiled; cuDNN's needs a GPU to be traced
+    layout = meshes.make_layout(config.mesh, devices)
+    if place.platform == "gpu" and config.model.attention == "cudnn":
+        say("model.attention=cudnn is planned as default: cuDNN cannot be asked without a GPU.")
+        config.model.attention = "default"
 
-    def analyse_batch(batch: int | None) -> Report:
+    def analyse_batch(batch: int | None, config: ConfigDict = config, layout: Layout = layout) -> Report:
         if batch is not None:
-            config.data.batch_size = batch * meshes.batch_devices(mesh)
-        check_devices(config, mesh)
-        teacher = default_teacher(config) if config.loss.alignment_weight and not config.teacher.stored else None
-        program = Program(config, make_trainer(config, teacher), mesh, place, sampler)
-        say(f"{place.name}: {program.name} at {program.per_device} images a device …")
+            config.data.batch_size = batch * meshes.batch_devices(layout.mesh)
+        program = Program(config, layout, place, sampler)
+        say(f"{place.name}: {program.name} with preset {config.mesh.preset}, {program.per_device} images per device …")
         report = analyse(program)
-        used, available = (report["memory"][name] for name in ("used", "available"))
-        if available:
-            verdict = "fits" if report["fits"] else "does not fit"
-            say(f"  {verdict}: {used / GIB:.2f} of {available / GIB:.2f} GiB")
+        if report["fits"] is not None:
+            used, available = (report["memory"][name] / GIB for name in ("used", "available"))
+            say(f"  {'fits' if report['fits'] else 'does not fit'}: {used:.2f} of {available:.2f} GiB")
         return report
 
     report = analyse_batch(per_device_batch)
+    if report["fits"] is False:
+        with_fsdp = config.copy_and_resolve_references()
+        with_fsdp.mesh.preset = "fsdp"
+        other = meshes.make_layout(with_fsdp.mesh, devices)
+        divides = config.model.width % other.mesh.shape["fsdp"] == 0
+        if other.mesh.shape["fsdp"] > layout.mesh.shape["fsdp"] and divides:
+            memory = report["memory"]  # of which the state goes, and what is as large as parameters: gradients, copies
+            split = sum(memory.get(part, 0.0) for part in ("parameters", "ema", "optimizer", "teacher", "parameters"))
+            report["fsdp"] = {"fits": False, "used": memory["used"] - split}
+            if report["fsdp"]["used"] < memory["available"]:
+                tried = analyse_batch(report["per_device_batch"], with_fsdp, other)
+                report["fsdp"] = {"fits": tried["fits"], "used": tried["memory"]["used"]}
     if fit:
 
         def measure(batch: int) -> tuple[float, float, bool]:
@@ -103,113 +114,81 @@ def plan(
     return report
 
 
-@dataclasses.dataclass
 class Program:
     """One program to plan: a training step or the sampler of a run, at one batch size."""
 
-    config: ConfigDict
-    trainer: Trainer
-    mesh: Mesh
-    topology: Topology
-    sampler: bool
-
-    @property
-    def name(self) -> str:
-        """What it is."""
-        return "sampler" if self.sampler else "train step"
-
-    @property
-    def per_device(self) -> int:
-        """Images a device that splits the batch."""
-        return self.config.data.batch_size // meshes.batch_devices(self.mesh)
+    def __init__(self, config: ConfigDict, layout: Layout, topology: Topology, sampler: bool):
+        check_devices(config, layout.mesh)
+        self.config, self.layout, self.topology, self.sampler = config, layout, topology, sampler
+        self.name = "sampler" if sampler else "train step"
+        self.per_device = config.data.batch_size // meshes.batch_devices(layout.mesh)  # that splits the batch
+        live = config.loss.alignment_weight and not config.teacher.stored and not sampler
+        self.train_step: TrainStep = make_train_step(config, [default_teacher(config)] if live else [])
 
     @functools.cached_property
     def state(self) -> TrainState:
         """Shapes and shardings of the run's state."""
-        return abstract_state(self.trainer, self.mesh)
+        return abstract_state(self.train_step, self.layout)
 
     @functools.cached_property
-    def batch(self) -> tuple[Any, ...]:
-        """Shapes and shardings of the program's other arguments."""
-        config, side = self.config, self.config.data.image_size
+    def arguments(self) -> dict[str, Any]:
+        """What the program is called with, by what it is: trees of shapes and shardings."""
+        config, side, mesh = self.config, self.config.data.image_size, self.layout.mesh
 
-        def batched(*shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
+        def batched(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
             shape = (config.data.batch_size, *shape)
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batch_sharding(self.mesh))
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batch_sharding(mesh))
 
+        condition = self.train_step.network.condition
+        fields = {name: batched(field.shape, field.dtype) for name, field in condition.fields.items()}
         if self.sampler:
-            return batched(side, side, 3, dtype=jnp.float32), batched(dtype=jnp.int32)
-        batch = {"image": batched(side, side, 3, dtype=jnp.uint8), "label": batched(dtype=jnp.int32)}
-        if config.loss.alignment_weight and self.trainer.teacher is None:
+            wanted = condition.from_batch(fields)
+            return {"ema": self.state.ema, "batch": (batched((side, side, 3), jnp.float32), wanted, wanted)}
+        batch = {"image": batched((side, side, 3), jnp.uint8), **fields}
+        if config.loss.alignment_weight and not self.train_step.frozen:
             tokens = (side // config.model.patch_size) ** 2
-            batch["features"] = batched(tokens, config.loss.alignment_features, dtype=jnp.float16)
-        notes = (self.mesh.size, 1 + self.per_device)
-        return batch, jax.ShapeDtypeStruct(notes, jnp.int32, sharding=meshes.notes_sharding(self.mesh))
-
-    @functools.cached_property
-    def teacher(self) -> Any:
-        """Shapes and shardings of the teacher's parameters; None if it does not take part."""
-        teacher = self.trainer.teacher
-        return None if self.sampler or teacher is None else abstract_params(teacher, self.mesh)
-
-    def memory(self) -> dict[str, float]:
-        """Bytes of the program's arguments on a device."""
-        parts = {"ema": self.state.ema, "batch": self.batch}
-        if not self.sampler:
-            parts |= {"parameters": self.state.params, "optimizer": self.state.opt_state}
-        if self.teacher is not None:
-            parts["teacher"] = self.teacher
-        return {
-            name: float(
-                sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(part))
-            )
-            for name, part in parts.items()
-        }
+            batch["features"] = batched((tokens, config.loss.alignment_features), jnp.float16)
+        messages = jax.ShapeDtypeStruct(
+            (mesh.size, 1 + self.per_device), jnp.int32, sharding=meshes.messages_sharding(mesh)
+        )
+        state = self.state
+        parts = {"parameters": state.params, "ema": state.ema, "optimizer": state.opt_state, "batch": (batch, messages)}
+        return parts | {frozen.name: frozen.abstract_params(self.layout) for frozen in self.train_step.frozen}
 
     def lower(self) -> Any:
         """The program as the run would call it, traced for the mesh."""
-        state, batch = self.state, self.batch
-        with meshes.use_mesh(self.mesh):
-            if not self.sampler:
-                return jit_step(self.trainer, state, self.mesh).lower(state, *batch, self.teacher)
-            c = self.config.sample
-            run = compiled_sampler(
-                self.trainer.network, c.steps, float(c.guidance), tuple(c.guidance_interval), float(c.shift), c.solver
-            )
-            return run.lower(state.ema, *batch)
+        arguments, state = self.arguments, self.state  # made before the mesh is set: nothing can run on its devices
+        with meshes.use_mesh(self.layout):
+            if self.sampler:
+                run = compiled_sampler(self.train_step.network, Sampling.from_config(self.config.sample))
+                return run.lower(arguments["ema"], *arguments["batch"])
+            frozen = {frozen.name: arguments[frozen.name] for frozen in self.train_step.frozen}
+            return jit_step(self.train_step, state, self.layout).lower(state, *arguments["batch"], frozen)
 
     def flops(self) -> tuple[float, float]:
-        """(model, executed) FLOPs a device: what the mathematics asks for, and with what remat does again."""
-        config, network = self.config, self.trainer.network
-        side = config.data.image_size
+        """(model, executed) FLOPs per device: what the mathematics asks for, and with what remat does again."""
+        network, side = self.train_step.network, self.config.data.image_size
         forward = forward_flops(network, side, side)
-        images = config.data.batch_size / self.mesh.size
+        images = self.config.data.batch_size / self.layout.mesh.size
         if self.sampler:
-            c = config.sample
-            guided = guided_steps(time_grid(c.steps, c.shift), c.guidance, c.guidance_interval)
-            return (images * forward * (len(guided) + int(guided.sum())),) * 2
+            settings = Sampling.from_config(self.config.sample)
+            return (images * forward * (settings.steps + int(settings.guided_steps.sum())),) * 2
         blocks = forward - forward_flops(network.clone(depth=0), side, side)
         attention = network.depth * 4 * (side // network.patch_size) ** 4 * network.width
         again = {"none": 0.0, "dots": attention, "full": blocks}[network.remat]
-        model = step_flops(self.trainer, side)
+        model = step_flops(self.train_step, side)
         return images * model, images * (model + again)
 
 
 def analyse(program: Program) -> Report:
     """Everything `deco plan` prints about one program."""
-    topology, config = program.topology, program.config
-    if topology.is_gpu:
-        report, method = _estimate(program), "estimate, not compiled"
-    else:
-        report = _compile(program)
-        method = "libtpu " + importlib.metadata.version("libtpu") if topology.is_tpu else "XLA for CPUs"
+    topology, config, mesh = program.topology, program.config, program.layout.mesh
     model, executed = program.flops()
-    mesh = program.mesh
-    return {
+    report = {
         "program": program.name,
         "topology": topology.name,
         "slices": topology.slices,
-        "method": method,
+        "method": topology.compiler,
         "jax": jax.__version__,
         "date": datetime.date.today().isoformat(),
         "devices": mesh.size,
@@ -220,142 +199,95 @@ def analyse(program: Program) -> Report:
         "global_batch": config.data.batch_size,
         "remat": config.model.remat,
         "flops": {"model": model, "executed": executed},
-        **report,
-        "roofline": _roofline(topology.accelerator, executed, report, config.data.batch_size / mesh.size),
     }
-
-
-def _compile(program: Program) -> Report:
-    accelerator = program.topology.accelerator
-    memory = program.memory()
+    known = {name: local_bytes(part) for name, part in program.arguments.items()}
     lowered, start = program.lower(), time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(OPTIONS.get(topology.platform))
     except jax.errors.JaxRuntimeError as error:
-        used, available = _memory_of_error(str(error))
-        memory |= {"temporaries": used - sum(memory.values()), "used": used, "available": available}
-        return {"compile_seconds": time.perf_counter() - start, "fits": False, "memory": memory}
-    seconds, stats = time.perf_counter() - start, compiled.memory_analysis()
-    # The peak holds arguments, results and temporaries; the results of a step are its donated arguments.
-    memory["program"] = float(stats.generated_code_size_in_bytes)
-    used = stats.peak_memory_in_bytes + memory["program"]
-    memory = memory | {"temporaries": used - sum(memory.values()), "used": used}
-    memory["available"] = accelerator.hbm if accelerator else None
-    cost = hlo.read(compiled.as_text())
-    kinds: dict[str, Report] = {}
-    places: dict[tuple[str, ...], Report] = {}  # the same thing done for the same reason, together
-    for c in cost.collectives:
-        kind = kinds.setdefault(c.kind, {"times": 0, "bytes": 0.0, "wire_bytes": 0.0})
-        which = {"kind": c.kind, "shape": c.shape, "group": c.group, "op_name": c.op_name}
-        place = places.setdefault(tuple(which.values()), which | {"name": c.name, "times": 0, "wire_bytes": 0.0})
-        for sums in (kind, place):
-            sums["times"] += c.times
-            sums["wire_bytes"] += c.wire_bytes
-        kind["bytes"] += c.times * c.bytes
+        used, available = memory_of_refusal(str(error))
+        memory = known | {"temporaries": used - sum(known.values()), "used": used, "available": available}
+        seconds = time.perf_counter() - start
+        return report | {"compile_seconds": seconds, "fits": False, "memory": memory, "roofline": None}
+    report["compile_seconds"] = time.perf_counter() - start
+    accelerator = topology.accelerator
+    memory = report["memory"] = known | _memory(compiled.memory_analysis(), sum(known.values()), topology)
+    report["fits"] = memory["used"] <= memory["available"] if accelerator else None
+    found = cost.read(compiled.as_text())
+    if not program.sampler:
+        check_gradients(found, program)
+    report["hbm_bytes"] = found.hbm_bytes
+    report["collectives"] = kinds = {}
+    for c in found.collectives:
+        sums = kinds.setdefault(c.kind, {"times": 0, "bytes": 0.0, "wire_bytes": 0.0})
+        for name, value in (("times", c.times), ("bytes", c.times * c.bytes), ("wire_bytes", c.wire_bytes)):
+            sums[name] += value
+    largest = found.collectives[:12]
+    report["largest_collectives"] = [dataclasses.asdict(c) | {"wire_bytes": c.wire_bytes} for c in largest]
+    arrays = [{"shape": shape, "bytes": size, "op_name": name} for shape, (size, name) in found.arrays.items()]
+    report["buffers"] = arrays[:8]
+    report["roofline"] = _roofline(accelerator, report) if accelerator else None
+    return report
+
+
+def _memory(stats: Any, known: float, topology: Topology) -> dict[str, float | None]:
+    """What the compiler adds to the arguments' `known` bytes on a device."""
+    arguments, program = stats.argument_size_in_bytes, stats.generated_code_size_in_bytes
+    held = arguments + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
+    if topology.platform == "tpu":  # it is this that libtpu holds against the limit; the sum has some donated twice
+        held = stats.peak_memory_in_bytes
     return {
-        "compile_seconds": seconds,
-        "fits": used <= accelerator.hbm if accelerator else None,
-        "memory": memory,
-        "hbm_bytes": cost.hbm_bytes,
-        "collectives": kinds,
-        "largest_collectives": sorted(places.values(), key=lambda place: -place["wire_bytes"])[:12],
-        "buffers": [dataclasses.asdict(buffer) for buffer in cost.buffers[:8]],
-        "unknown_loops": cost.unknown_loops,
+        "padding": arguments - known,
+        "temporaries": held - arguments,
+        "program": program,
+        "used": held + program,
+        "available": topology.accelerator and topology.accelerator.hbm,
     }
 
 
-def _memory_of_error(message: str) -> tuple[float, float]:
+def local_bytes(tree: Any) -> float:
+    """What a device holds of a tree of shapes and shardings, without the padding of its layouts."""
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def check_gradients(found: cost.Cost, program: Program) -> None:
+    """Raises TextError if less is sent than the gradients that a device must get from the others.
+
+    Where the batch is split, a device sends at least once, in the run's dtype, the size of the gradients that it keeps.
+    """
+    mesh, state = program.layout.mesh, program.state
+    width = jnp.dtype(program.config.model.dtype).itemsize / jnp.dtype("float32").itemsize  # the parameters are fp32
+    gradients = width * local_bytes(state.params) if meshes.batch_devices(mesh) > 1 else 0.0
+    sent = sum(c.wire_bytes for c in found.collectives)
+    if sent < 0.9 * gradients:  # some are equal, and sent once
+        raise hlo.TextError(
+            f"the collectives found in the program's text send {sent:.3g} bytes, and the gradients alone have "
+            f"{gradients:.3g}: {program.topology.compiler} writes some in a form that is not read yet."
+        )
+
+
+def memory_of_refusal(message: str) -> tuple[float, float]:
     """(needed, available) of libtpu's RESOURCE_EXHAUSTED; any other error of the compiler is raised again."""
-    size = r"([\d.]+)([KMGT])"
-    found = re.search(rf"\({size}\) exceeds available HBM \({size}\)", message) or re.search(
-        rf"Used {size} of {size} hbm", message
-    )
+    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", message)
     if not found:
         raise RuntimeError(f"The compiler gave up: {message}")
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     return float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
 
 
-def _estimate(program: Program) -> Report:
-    """Of a training step, from shapes alone: for hardware whose compiler is not here."""
-    config, trainer, mesh = program.config, program.trainer, program.mesh
-    if program.sampler:
-        raise UsageError(f"--sample cannot be estimated for {program.topology.name}; TPU topologies and cpu:N can.")
-    accelerator = program.topology.accelerator
-    memory = program.memory()
-    images = program.per_device / config.optimizer.accumulation
-    block = dataclasses.replace(trainer, network=trainer.network.clone(depth=1, remat="none"))
-    two_blocks = dataclasses.replace(trainer, network=trainer.network.clone(depth=2, remat="none"))
-    saved = images * _saved_bytes(trainer, mesh)
-    memory["activations"] = saved
-    if config.model.remat != "none":  # the block whose backward pass is running has all of its activations
-        memory["activations"] += images * (_saved_bytes(two_blocks, mesh) - _saved_bytes(block, mesh))
-    memory["gradients"] = memory["parameters"]
-    used = sum(memory.values())
-    # Parameters are read twice, gradients written and read, activations too; state is read and written by the update.
-    state = memory["parameters"] + memory["ema"] + memory["optimizer"]
-    parts = config.optimizer.accumulation  # each reads the parameters and adds to the gradients
-    traffic = parts * (2 * memory["parameters"] + 2 * memory["gradients"] + 2 * saved) + 2 * state
-    traffic += parts * memory.get("teacher", 0.0)
-    width = jnp.dtype(config.model.dtype).itemsize
-    whole = sum(x.size for x in jax.tree.leaves(program.state.params)) * width
-    fsdp, data = mesh.shape["fsdp"], mesh.shape["data"]
-    kinds = {}
-    if fsdp > 1:
-        part = whole * (fsdp - 1) / fsdp
-        teacher = memory.get("teacher", 0.0) * fsdp
-        gathered = 2 * whole + teacher
-        kinds["all-gather"] = {
-            "times": (2 + bool(teacher)) * parts,
-            "bytes": parts * gathered,
-            "wire_bytes": parts * gathered * (fsdp - 1) / fsdp,
-        }
-        kinds["reduce-scatter"] = {"times": parts, "bytes": parts * whole, "wire_bytes": parts * part}
-    if data > 1:
-        kinds["all-reduce"] = {"times": 1, "bytes": whole / fsdp, "wire_bytes": 2 * whole / fsdp * (data - 1) / data}
-    memory |= {"used": used, "available": accelerator.hbm}
-    return {"fits": used <= accelerator.hbm, "memory": memory, "hbm_bytes": traffic, "collectives": kinds}
-
-
-def _saved_bytes(trainer: Trainer, mesh: Mesh) -> float:
-    """Bytes an image that the forward pass keeps for the backward pass."""
-    config = trainer.config
-    side, tokens = config.data.image_size, (config.data.image_size // config.model.patch_size) ** 2
-    params = abstract_state(trainer, mesh).params
-
-    def backward(params: Any, *inputs: Any) -> Any:
-        return jax.vjp(lambda params: trainer.loss(params, *inputs), params, has_aux=True)[1]
-
-    def saved(images: int) -> float:
-        def shape(*dims: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((images, *dims), dtype)
-
-        image = shape(side, side, 3)
-        draws = Draws(shape(), image, shape(dtype=jnp.bool_))
-        features = shape(tokens, config.loss.alignment_features) if config.loss.alignment_weight else None
-        residuals = jax.eval_shape(backward, params, image, shape(dtype=jnp.int32), draws, features)
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(residuals))
-
-    return saved(2) - saved(1)  # what does not grow with the batch are parameters and constants
-
-
-def _roofline(accelerator: Accelerator | None, flops: float, report: Report, images: float) -> Report | None:
-    """The time below which no program can do this work on this hardware, and why; `images` a device."""
-    if accelerator is None or "hbm_bytes" not in report:
-        return None
-    wire = sum(kind["wire_bytes"] for kind in report["collectives"].values())
+def _roofline(accelerator: Accelerator, report: Report) -> Report:
+    """The time below which no program can do this work on this hardware, and why."""
+    sent = {
+        kind: sums["wire_bytes"] for kind, sums in report["collectives"].items() if kind != "send"
+    }  # between slices
     seconds = {
-        "compute": flops / accelerator.flops,
+        "compute": report["flops"]["executed"] / accelerator.flops,
         "memory": report["hbm_bytes"] / accelerator.hbm_bandwidth,
-        "network": wire / accelerator.network,
+        "network": sum(sent.values()) / accelerator.network,
     }
     bound = max(seconds, key=seconds.get)
-    chip = accelerator.devices_a_chip
-    return {
-        "seconds": seconds,
-        "bound": bound,
-        "images_per_second_a_chip": chip * images / seconds[bound],
-    }
+    images = report["global_batch"] / report["devices"] * accelerator.devices_per_chip
+    return {"seconds": seconds, "bound": bound, "images_per_second_a_chip": images / seconds[bound]}
 
 
 def largest_fit(measure: Callable[[int], tuple[float, float, bool]], start: int, unit: int) -> tuple[int, int]:
@@ -366,20 +298,14 @@ def largest_fit(measure: Callable[[int], tuple[float, float, bool]], start: int,
       start: a batch to begin with, a multiple of unit.
       unit: batches are multiples of it.
     """
-    known: dict[int, tuple[float, float, bool]] = {}
-
-    def fits(batch: int) -> bool:
-        if batch not in known:
-            known[batch] = measure(batch)
-        return known[batch][2]
-
-    fits(start), fits(2 * start)
-    slope = max((known[2 * start][0] - known[start][0]) / start, 1.0)
-    guess = max(start + (known[start][1] - known[start][0]) / slope, unit)
+    measure = functools.cache(measure)
+    (used, available, _), (used_twice, _, _) = measure(start), measure(2 * start)
+    slope = max((used_twice - used) / start, 1.0)
+    guess = max(start + (available - used) / slope, unit)
     step = max(2 ** int(math.log2(guess / unit / 8)) if guess > 8 * unit else 1, 1) * unit
     best = max(int(guess // step) * step, step)
-    while best > 0 and not fits(best):
+    while best > 0 and not measure(best)[2]:
         best -= step
-    while best > 0 and fits(best + step):
+    while best > 0 and measure(best + step)[2]:
         best += step
     return best, step

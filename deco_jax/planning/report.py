@@ -1,4 +1,4 @@
-"""How `deco plan` prints what it found."""
+"""How does `deco plan` print what it found?"""
 
 import re
 from collections.abc import Iterator
@@ -6,21 +6,16 @@ from typing import Any
 
 Report = dict[str, Any]
 
-_MEMORY = {
-    "parameters": "fp32",
-    "ema": "fp32",
-    "optimizer": "two moments, fp32",
-    "teacher": "frozen; linear layers in the run's dtype",
-    "batch": "",
+_NOTES = {
+    "padding": "of these, in the device's layout",
     "temporaries": "activations, gradients, gathered parameters",
-    "activations": "saved for the backward pass, and one block's",
-    "gradients": "fp32",
-    "program": "its instructions",
+    "collective-permute": "gathers and scatters that run beside the products",
+    "send": "between slices, over a slower network that is not in the roofline",
 }
 
 
 def to_text(report: Report) -> str:
-    """The report of `deco_jax.plan.plan` as a page."""
+    """The report of `deco_jax.planning.plan.plan` as a page."""
     return "\n".join(_lines(report))
 
 
@@ -30,9 +25,9 @@ def _lines(r: Report) -> Iterator[str]:
     millions = f"{r['parameters'] / 1e6:,.1f} M parameters"
     yield f"{r['program'].capitalize()}, {millions}, {r['image_size']}², on {r['topology']}{slices}"
     yield f"{r['devices']} devices as a mesh of {mesh}"
-    yield f"Batch {r['per_device_batch']} a device, {r['global_batch']} in all; remat {r['remat']}"
-    took = f" in {r['compile_seconds']:.0f} s" if "compile_seconds" in r else ""
-    yield f"{r['method']}{took}, jax {r['jax']}, {r['date']}. All figures are for one device."
+    yield f"Batch {r['per_device_batch']} per device, {r['global_batch']} in all; remat {r['remat']}"
+    took = f"{r['method']} in {r['compile_seconds']:.0f} s, jax {r['jax']}, {r['date']}"
+    yield f"{took}. All figures are for one device."
     yield ""
     yield from _memory(r)
     yield ""
@@ -43,32 +38,32 @@ def _lines(r: Report) -> Iterator[str]:
         yield from _network(r)
         yield ""
         yield from _roofline(r)
-    if r.get("buffers"):
         yield ""
         yield "Largest arrays"
-        for buffer in r["buffers"]:
-            yield f"  {_binary(buffer['bytes']):>10}  {buffer['shape']:28} {_where(buffer['op_name'])}".rstrip()
-    if r.get("unknown_loops"):
-        yield f"Note: {r['unknown_loops']} loops of unknown length are counted as one turn."
+        for array in r["buffers"]:
+            yield f"  {_binary(array['bytes']):>10}  {array['shape']:28} {_where(array['op_name'])}".rstrip()
     if "fit" in r:
         batch, step = r["fit"]["per_device_batch"], r["fit"]["step"]
         yield ""
-        yield f"Largest batch: {batch} a device fits, {batch + step} does not (tried in steps of {step})."
+        yield f"Largest batch: {batch} per device fits, {batch + step} does not (tried in steps of {step})."
 
 
 def _memory(r: Report) -> Iterator[str]:
-    memory = r["memory"]
-    used, available = memory["used"], memory["available"]
+    memory = dict(r["memory"])
+    used, available = memory.pop("used"), memory.pop("available")
     if available is None:
         yield f"Memory         {_binary(used):>12}   a simulated mesh has no limit"
     else:
         verdict = "Fits" if r["fits"] else "DOES NOT FIT"
         yield f"{verdict:14} {_binary(used):>12}   of {_binary(available)} ({100 * used / available:.0f}%)"
-    for name, what in _MEMORY.items():
-        if name in memory:
-            yield f"  {name:12} {_binary(memory[name]):>12}   {what}".rstrip()
-    if r["fits"] is False and "compile_seconds" in r:
-        yield "  The compiler says no more when it gives up; --fit looks for the largest batch that fits."
+    for name, size in memory.items():
+        if size >= 512:
+            yield f"  {name:12} {_binary(size):>12}   {_NOTES.get(name, '')}".rstrip()
+    if "fsdp" in r:
+        verdict = "`--preset fsdp` would, with" if r["fsdp"]["fits"] else "nor would `--preset fsdp`, with at least"
+        yield f"  {verdict} {_binary(r['fsdp']['used'])} for as many images per device."
+    if r["fits"] is False and "fit" not in r:
+        yield "  --fit looks for the largest batch that fits."
 
 
 def _network(r: Report) -> Iterator[str]:
@@ -76,15 +71,13 @@ def _network(r: Report) -> Iterator[str]:
     wire, times = (sum(kind[field] for kind in kinds.values()) for field in ("wire_bytes", "times"))
     yield f"Network        {_decimal(wire):>12}   sent, in {times:,} collectives"
     for name, kind in sorted(kinds.items(), key=lambda item: -item[1]["wire_bytes"]):
-        ring = "; gathers and scatters that run beside the products" if name == "collective-permute" else ""
-        yield f"  {_decimal(kind['wire_bytes']):>10}  {name}, {kind['times']:,}{ring}"
-    if r.get("largest_collectives"):
-        yield "  most of it:"
-    for c in r.get("largest_collectives", [])[:6]:
-        what = f"{c['kind']} of {c['shape']} × {c['times']}"
-        yield f"  {_decimal(c['wire_bytes']):>10}  {what:50} {_where(c['op_name'])}".rstrip()
-    if r["slices"] > 1:
-        yield "  Note: the network between slices is slower, and not modelled."
+        note = f"; {_NOTES[name]}" if name in _NOTES else ""
+        yield f"  {_decimal(kind['wire_bytes']):>10}  {name}, {kind['times']:,}{note}"
+    if kinds:
+        yield "  most of it, with the times in one run of the program:"
+    for c in r["largest_collectives"][:6]:
+        what = f"{c['kind']} of {c['shape']} ({_decimal(c['bytes'])}) × {c['times']}"
+        yield f"  {_decimal(c['wire_bytes']):>10}  {what:64} {_where(c['op_name'])}".rstrip()
 
 
 def _roofline(r: Report) -> Iterator[str]:
@@ -95,7 +88,7 @@ def _roofline(r: Report) -> Iterator[str]:
     seconds, bound = roofline["seconds"], roofline["bound"]
     times = ", ".join(f"{name} {_milliseconds(value)}" for name, value in seconds.items())
     yield f"Roofline       {_milliseconds(seconds[bound]):>9} ms   at least, bound by {bound} ({times})"
-    yield f"               {roofline['images_per_second_a_chip']:>12,.0f}   images/s a chip at most"
+    yield f"               {roofline['images_per_second_a_chip']:>12,.0f}   images/s per chip at most"
 
 
 def _binary(size: float) -> str:
@@ -118,5 +111,7 @@ def _where(op_name: str) -> str:
     """jit(step)/transpose(jvp(DeCo))/transformer/while/body/…/block/mlp/up/dot_general → backward …"""
     direction = "backward " if "transpose(jvp" in op_name else "forward " if "jvp(" in op_name else ""
     op_name = re.sub(r"\[[\\']*([^]\\']*)[\\']*\]", r"/\1", op_name)  # an argument: state.params['a']['b']
+    op_name, *others = op_name.replace("/(", "/").split(":")  # several operations in one
     dull = r"(jit|jvp|vmap|transpose)\(.*\)|while|body|closed_call|layers|checkpoint|rematted_computation|"
-    return direction + "/".join(part for part in op_name.split("/") if not re.fullmatch(dull, part))
+    kept = "/".join(part for part in op_name.split("/") if not re.fullmatch(dull, part))
+    return direction + kept + (", …" if others else "")

@@ -113,8 +113,9 @@ def _initialise(train_step: TrainStep) -> Callable[[], TrainState]:
 
 def _boxed_state(train_step: TrainStep, layout: Layout) -> TrainState:
     """Shapes and dtypes, still with logical axis names."""
+    make = _initialise(train_step)  # draws a key, which cannot run on a mesh of devices that are not here
     with meshes.use_mesh(layout):
-        return jax.eval_shape(_initialise(train_step))
+        return jax.eval_shape(make)
 
 
 def abstract_state(train_step: TrainStep, layout: Layout) -> TrainState:
