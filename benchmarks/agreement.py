@@ -20,7 +20,9 @@ from deco_jax.encoders.dinov2.model import prepare_image
 from deco_jax.encoders.dinov2.weights import from_tensors
 from deco_jax.pretrained import names
 from deco_jax.pretrained.infer import ARCHITECTURES
-from deco_jax.sampling.solvers import euler, time_grid
+from deco_jax.sampling.guidance import guided_slope
+from deco_jax.sampling.settings import Sampling
+from deco_jax.sampling.solvers import SOLVERS, integrate
 from deco_jax.weights import translate
 from tests.helpers import Golden, relative_error
 
@@ -77,15 +79,21 @@ def sampling() -> dict[str, float]:
     g, errors = Golden("samplers"), []
     for case in ("euler_50", "euler_100_cfg3.2_interval", "euler_20_shift3", "euler_10_laststep"):
         c = json.loads(str(g[f"{case}:config"]))
-        x = euler(
+        s = Sampling(
+            c["num_steps"],
+            guidance=c["guidance"],
+            guidance_interval=(c.get("guidance_interval_min", 0.0), c.get("guidance_interval_max", 1.0)),
+            shift=c.get("timeshift", 1.0),
+            last=c.get("last_step") or 0.0,
+        )
+        slope = guided_slope(
             lambda x, t, y: jnp.sin(3 * x + y[:, None, None, None]) - x * t[:, None, None, None],
-            g[f"{case}:noise"],
             jnp.array([1, 2]),
             jnp.array([5, 5]),
-            time_grid(c["num_steps"], c.get("timeshift", 1.0), c.get("last_step")),
-            c["guidance"],
-            (c.get("guidance_interval_min", 0.0), c.get("guidance_interval_max", 1.0)),
+            s.guidance,
+            s.guided_steps,
         )
+        x, _ = integrate(SOLVERS["euler"], slope, g[f"{case}:noise"], s.times, s.guided_steps)
         errors.append(relative_error(x, g[f"{case}:trajectory"][-1]))
     s, c2i = Golden("sample_deco_c2i"), Golden("deco_c2i")
     images = deco_jax.sample(

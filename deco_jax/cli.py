@@ -99,9 +99,9 @@ def _add_prepare(commands: Any) -> None:
         action="store_const",
         const=function,
         required=True,
-        help="its features are what is prepared",
+        help="prepare its features",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="of the features; gone on with if it holds some")
+    parser.add_argument("--out", required=True, metavar="DIR", help="of the features; continued if it holds some")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time, on each process (default: 64)")
     parser.epilog = "Any setting of the file: --config.PART.FIELD=VALUE, for instance --config.data.path=DIR"
 

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import os
 import pathlib
 import tempfile
 import time
@@ -21,31 +22,25 @@ def write_beside(path: pathlib.Path, first_wins: bool = False) -> Iterator[pathl
     """A draft beside `path`, to be made within as a file or folder, which takes the place of `path` at the end.
 
     What was at `path` stays until then, and stays if writing fails. The draft has the name of `path`, in a folder of
-    its own, since some writers look at names.
+    its own, since some writers look at names. Errors of the operating system come through: in the middle of a run
+    they are no bad input. Where a user's path is tried first, see `writing`.
 
     Args:
       path: of the file or folder.
-      first_wins: leave what is at `path` at the end, as another process made the same.
-
-    Raises:
-      UsageError: the draft cannot be made, or not take the place.
+      first_wins: a folder that is at `path` by the end stays, as another process made the same.
     """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        around = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
-    with around:
-        draft, replaced = pathlib.Path(around.name) / path.name, pathlib.Path(around.name) / ".replaced"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as around:
+        draft, replaced = pathlib.Path(around) / path.name, pathlib.Path(around) / ".replaced"
         yield draft
-        if first_wins and path.exists():
-            return
-        with writing(path):
-            if path.is_dir():
-                path.rename(replaced)  # a folder cannot be renamed over another
-            try:
-                draft.replace(path)
-            except OSError:
-                if replaced.exists():
-                    replaced.rename(path)
+        if path.is_dir() and not first_wins:
+            path.rename(replaced)  # a folder cannot be renamed over another
+        try:
+            draft.replace(path)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(path)
+            if not (first_wins and path.is_dir()):
                 raise
 
 
@@ -59,9 +54,15 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Replaces `path` by a file of this content."""
-    with write_beside(path) as draft, writing(path):
-        draft.write_bytes(content)
+    """Replaces `path` by a file of this content, which is on the disk when this returns.
+
+    Raises:
+      UsageError: the disk does not take it.
+    """
+    with writing(path), write_beside(path) as draft, draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
@@ -80,12 +81,10 @@ def locked(folder: pathlib.Path, name: str) -> Iterator[None]:
       name: of the folder in messages, for instance "--workdir=runs/xl".
 
     Raises:
-      UsageError: another process holds it, or it cannot be made.
+      UsageError: another process holds it.
     """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
-    with lock:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -6,7 +6,7 @@
 gpu_flags() {
   local flags=(
     --xla_gpu_enable_latency_hiding_scheduler=true    # collectives start early; compute runs meanwhile
-    --xla_gpu_enable_pipelined_all_gather=true        # FSDP: a block's parameters are gathered a block ahead
+    --xla_gpu_enable_pipelined_all_gather=true        # FSDP: a block's parameters are gathered one block ahead
     --xla_gpu_enable_pipelined_all_reduce=true        # the same for sums over devices within the loop
     --xla_gpu_enable_while_loop_double_buffering=true # else the loop copies what was gathered ahead
   )

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on GPU nodes under SLURM, a task a GPU. Submit from the repository, which all nodes must see at the same path;
+# Trains on GPU nodes under SLURM, one task per GPU. Submit from the repository, which all nodes must see at the same path;
 # what sbatch is told on the command line wins over the lines below.
 #   sbatch --nodes=4 launch/slurm.sh --config configs/imagenet256_deco_xl.py --workdir runs/xl --config.mesh.preset=hybrid
 # Environment: PROFILE_AT, COMPILATION_CACHE, DECO (see common.sh), and

@@ -258,3 +258,10 @@ def test_alignment_needs_a_block_that_exists():
     c.loss.update(alignment_weight=0.5, alignment_layer=23)
     with pytest.raises(UsageError, match="loss.alignment_layer=23 does not exist; model.depth=22"):
         check_config(c)
+
+
+def test_how_a_network_is_computed_is_no_part_of_what_it_is():
+    """A field of the model that a resumed run may change must not make another network, and the reverse."""
+    made = {f"model.{field}" for kind in KINDS for field in network_fields(kind)} | {"model.kind", "model.dtype"}
+    of_model = {name for name in FIELDS if name.startswith("model.")}
+    assert made == {name for name in of_model if FIELDS[name].resume == "fixed"}

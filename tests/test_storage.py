@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from deco_jax import storage
 from deco_jax.errors import UsageError
+from deco_jax.sampling.pictures import save_png
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -38,18 +40,19 @@ def test_what_was_there_stays_if_writing_fails(tmp_path, folder):
         write(draft, "third")
     with storage.write_beside(path, first_wins=True) as draft:
         write(draft, "fourth")
-    assert (path / "inside" if folder else path).read_text() == "third"
+    assert (path / "inside" if folder else path).read_text() == ("third" if folder else "fourth")
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_a_path_that_cannot_be_written_is_bad_input_only_where_a_user_gave_it(tmp_path):
+    """In the middle of a run a full disk is no bad input: exit code 2 would keep a scheduler from trying again."""
     (tmp_path / "file").write_text("no folder")
-    for write in (
-        lambda: storage.write_bytes(tmp_path / "file" / "a", b""),
-        lambda: storage.locked(tmp_path / "file" / "a", "--out=a").__enter__(),
-    ):
-        with pytest.raises(UsageError, match="file/a cannot be written"):
-            write()
+    with pytest.raises(UsageError, match="file/a cannot be written"):
+        storage.write_bytes(tmp_path / "file" / "a", b"")
+    with pytest.raises(OSError):
+        save_png(np.zeros((2, 2, 3), np.uint8), tmp_path / "file" / "a.png")
+    with pytest.raises(OSError), storage.locked(tmp_path / "file" / "a", "--out=a"):
+        pass
 
 
 def test_a_folder_has_one_user_at_a_time(tmp_path):

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from deco_jax.checkpoints.store import frozen_digests
 from deco_jax.config import FIELDS, flatten, restore_config
 from deco_jax.errors import UsageError
 
@@ -10,8 +11,9 @@ from deco_jax.errors import UsageError
 def check_resumable(saved: dict[str, Any], now: dict[str, Any], where: str | os.PathLike) -> list[str]:
     """Compares a run with the one that wrote a checkpoint, which it is to continue.
 
-    They must agree in what makes the run: network, data, batch, seed, flow, losses and the teacher's weights. How fast
-    it learns and averages, when it reports, and where it runs may change: the fields that are "free" in config.FIELDS.
+    They must agree in what makes the run: network, data, batch, seed, flow, losses and the weights of frozen networks.
+    How fast it learns and averages, when it reports, and where it runs may change: the fields that are "free" in
+    config.FIELDS.
 
     Args:
       saved: the checkpoint's meta, see `store.make_meta`.
@@ -45,8 +47,13 @@ def check_resumable(saved: dict[str, Any], now: dict[str, Any], where: str | os.
         problems.append("to train without alignment, convert again with --without-projector")
     if "decisive" not in saved and not problems and saved["fingerprint"] != now["fingerprint"]:
         problems = [f"data fingerprint: {saved['fingerprint']} there, {now['fingerprint']} here (the records changed)"]
-    if not problems and saved.get("teacher") and saved["teacher"] != now["teacher"]:
-        problems = [f"teacher: weights {saved['teacher']} there, {now['teacher']} here (hashes)"]
+    if not problems:
+        ours = frozen_digests(now)
+        problems = [
+            f"{name}: weights {digest} there, {ours.get(name, 'none')} here (hashes)"
+            for name, digest in frozen_digests(saved).items()
+            if ours.get(name) != digest
+        ]
     if problems:
         raise UsageError(
             f"{where} was trained with another configuration: {'; '.join(problems)}. Restore these values, or start a "

@@ -2,7 +2,7 @@
 
     workdir/checkpoints/<step>/state   TrainState, as Orbax arrays
                               /data    position in the data: the number of global batches consumed
-                              /meta    configuration, version, parameter count, hashes of data order and teacher
+                              /meta    configuration, version, parameter count, hashes of data order and frozen networks
 
 Saving is asynchronous and atomic: a step's folder gets its name when everything in it is written.
 """
@@ -14,7 +14,7 @@ import logging as python_logging
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -186,14 +186,22 @@ def read_config(folder: pathlib.Path, step: int) -> ConfigDict:
     return restore_config(read_meta(folder, step), folder / str(step))
 
 
-def make_meta(config: ConfigDict, fingerprint: str, parameters: int, version: str, teacher: str = "") -> dict[str, Any]:
-    """What is stored beside a state; `teacher` is the digest of the one that representations are aligned to."""
+def frozen_digests(meta: Mapping[str, Any]) -> dict[str, str]:
+    """The hashes of frozen networks in a meta; up to version 0.1.0 there was the teacher's alone."""
+    teacher = meta.get("teacher")
+    return meta.get("frozen", {"teacher": teacher} if teacher else {})
+
+
+def make_meta(
+    config: ConfigDict, fingerprint: str, parameters: int, version: str, frozen: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What is stored beside a state; `frozen` are the hashes of the networks that worked in its steps, by name."""
     return {
         **save_config(config),
         "fingerprint": fingerprint,
         "parameters": parameters,
         "version": version,
-        "teacher": teacher,
+        "frozen": dict(frozen or {}),
     }
 
 

@@ -15,7 +15,8 @@ Flat = dict[str, Any]  # as `flatten` makes it
 # version: what turns a configuration of that version into one of the next. A field that is younger than a saved
 # configuration gets today's default; where that is not what the run did, a migration says what it did.
 MIGRATIONS: dict[int, Callable[[Flat], Flat]] = {
-    1: lambda flat: flat,  # did not say its version; at their defaults, the fields added since then do nothing
+    # Did not say its version. At their defaults, the fields added since then do nothing; None stood for any default.
+    1: lambda flat: {name: value for name, value in flat.items() if value is not None},
 }
 CONFIG_VERSION = 2
 

@@ -1,6 +1,6 @@
 """A teacher's features of every image, stored in a folder: what lies in it, and reading it beside the images.
 
-    FOLDER/features-00000.npy …       (K, N, F) float16, K records a file, in the order of the data; NaN if unreadable
+    FOLDER/features-00000.npy …       (K, N, F) float16, K records per file, in the order of the data; NaN if unreadable
           /features-00000.bad.json …  numbers of the records of that file that could not be read, where there are any
           /features.partial.json      what the features are of (`Contents`), until all files are there
           /features.json              the same, and all unreadable records; written last

@@ -41,7 +41,7 @@ class Objective:
           images_BxHxWx3: fp32 in [-1, 1].
           condition: of each example, a tree of arrays (B, …), those that are dropped already replaced.
           draws: times and noise.
-          features_BxNxF: the frozen teacher's, one a token; None if alignment_weight is 0.
+          features_BxNxF: the frozen teacher's, one per token; None if alignment_weight is 0.
 
         Returns:
           (total, terms): fp32 scalars; terms holds loss, loss_flow and, where their weight is not 0,

@@ -23,7 +23,8 @@ from deco_jax.parallel.mesh import Layout, is_boxed, state_shardings
 class Frozen:
     """A frozen network as a function from fields of a batch to another field."""
 
-    name: str  # in messages, and in the tree of the parameters
+    name: str  # in the tree of the parameters, and beside the hash of its weights in checkpoints
+    purpose: str  # what a run does with it, for people
     module: nn.Module
     reads: str  # the field that it sees
     writes: str  # the field that it adds

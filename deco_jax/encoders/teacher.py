@@ -54,6 +54,7 @@ def teacher_of(module: DINOv2, config: ConfigDict) -> Frozen:
     module = module.clone(dtype=jnp.dtype(config.model.dtype), attention=attention, scan=config.model.scan)
     return Frozen(
         name="teacher",
+        purpose=f"aligned to the teacher {config.teacher.weights}",
         module=module,
         reads="image",
         writes="features",

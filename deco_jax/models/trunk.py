@@ -32,11 +32,6 @@ class ClassConditional(nn.Module, kw_only=True):
         """What the network is told about the image."""
         return ClassLabels(self.num_classes)
 
-    @property
-    def null_label(self) -> int:
-        """The label that means "no class"."""
-        return self.num_classes
-
 
 class Trunk(NamedTuple):
     """What a decoder may need."""

@@ -30,6 +30,10 @@ RULES: Rules = (
     ("heads_out", "tensor"),
     ("mlp", "tensor"),
 )
+# All that arrays' axes are called; those of activations begin with batch, tokens or activation_.
+LOGICAL_AXES = {"batch", "tokens", "activation_width", "width", "width_out", "heads", "heads_out", "head_dim", "mlp"}
+LOGICAL_AXES |= {"modulation", "layers", "patch", "pixels", "decoder_width", "decoder_width_out", "generated"}
+LOGICAL_AXES |= {"classes", "frequency"}
 SMALL = 2**16  # parameters with fewer elements are copied to every device: splitting them costs more than it saves
 
 # Sizes of the axes; −1 = the rest, of slices: as many as the devices lie in.
@@ -91,14 +95,15 @@ def _preset(name: str) -> tuple[dict[str, Any], Rules]:
         replaced = dict(sizes.pop("rules", {}))
     except Exception as error:  # the file is a program; whatever it raises is the answer to "why not"
         raise UsageError(f"mesh.preset={name} has no get_config() that gives sizes: {error!r}") from error
+    allowed = sorted(LOGICAL_AXES - {"batch"})  # which stays split over data and fsdp
     for logical, axes in replaced.items():
-        axes = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-        if logical == "batch" or not set(axes) <= set(AXES):
+        places = () if axes is None else (axes,) if isinstance(axes, str) else axes
+        if logical not in allowed or not isinstance(places, tuple | list) or not set(places) <= set(AXES):
             raise UsageError(
-                f"mesh.preset={name} has the rule {logical!r}: {replaced[logical]!r}; the batch stays split over data "
-                f"and fsdp, and other logical axes go to None or to some of: {', '.join(AXES)}."
+                f"mesh.preset={name} has the rule {logical!r}: {axes!r}; a rule sends one of {', '.join(allowed)} to "
+                f"None, or to some of {', '.join(AXES)}."
             )
-        replaced[logical] = axes
+        replaced[logical] = tuple(places)
     return sizes, tuple((dict(RULES) | replaced).items())
 
 

@@ -56,7 +56,13 @@ def read(text: str) -> Cost:
     Raises:
       TextError: something in it is not understood.
     """
-    program = _Program(text)
+    try:
+        return _cost(_Program(text))
+    except KeyError as error:
+        raise TextError(f"an instruction uses {error}, which its computation does not have.") from error
+
+
+def _cost(program: "_Program") -> Cost:
     traffic, times, arrays = 0.0, collections.Counter(), {}
     for instruction, within, turns in program.walk(program.entry, 1):
         traffic += turns * program.traffic(instruction, within)
@@ -102,6 +108,8 @@ class _Program:
                 names = instruction.find(r"branch_computations=\{([^}]*)\}")
                 names = names or instruction.find(r"(true_computation=%?[\w.-]+, false_computation=%?[\w.-]+)")
                 names = [name for name in re.findall(r"[\w.-]+", names) if name in self.computations]
+                if not names:
+                    raise TextError(f"the branches of {instruction.name} are not known: {instruction.attributes[:300]}")
                 branches = [list(self.walk(self.computations[name], times)) for name in names]
                 yield from max(branches, key=lambda b: sum(n * self.traffic(i, c) for i, c, n in b))
             elif attribute := _CALLS.get(instruction.opcode):

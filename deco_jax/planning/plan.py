@@ -90,18 +90,15 @@ def plan(
         return report
 
     report = analyse_batch(per_device_batch)
-    if report["fits"] is False:
-        with_fsdp = config.copy_and_resolve_references()
-        with_fsdp.mesh.preset = "fsdp"
-        other = meshes.make_layout(with_fsdp.mesh, devices)
-        divides = config.model.width % other.mesh.shape["fsdp"] == 0
-        if other.mesh.shape["fsdp"] > layout.mesh.shape["fsdp"] and divides:
-            memory = report["memory"]  # of which the state goes, and what is as large as parameters: gradients, copies
-            split = sum(memory.get(part, 0.0) for part in ("parameters", "ema", "optimizer", "teacher", "parameters"))
-            report["fsdp"] = {"fits": False, "used": memory["used"] - split}
-            if report["fsdp"]["used"] < memory["available"]:
-                tried = analyse_batch(report["per_device_batch"], with_fsdp, other)
-                report["fsdp"] = {"fits": tried["fits"], "used": tried["memory"]["used"]}
+    if report["fits"] is False and (found := _fsdp_layout(config, layout, devices)):
+        with_fsdp, other = found
+        # Of which the state goes, and what is as large as the parameters: gradients, copies.
+        parts = ("parameters", "ema", "optimizer", *report["frozen"], "parameters")
+        used = report["memory"]["used"] - sum(report["memory"].get(part, 0.0) for part in parts)
+        report["fsdp"] = {"fits": False, "used": used}
+        if used < report["memory"]["available"]:
+            tried = analyse_batch(report["per_device_batch"], with_fsdp, other)
+            report["fsdp"] = {"fits": tried["fits"], "used": tried["memory"]["used"]}
     if fit:
 
         def measure(batch: int) -> tuple[float, float, bool]:
@@ -112,6 +109,18 @@ def plan(
         batch, step = largest_fit(measure, report["per_device_batch"], unit)
         report["fit"] = {"per_device_batch": batch, "step": step}
     return report
+
+
+def _fsdp_layout(config: ConfigDict, layout: Layout, devices: Sequence[Any]) -> tuple[ConfigDict, Layout] | None:
+    """(configuration, layout) with the preset fsdp, where that splits the state over more devices than `layout`."""
+    config = config.copy_and_resolve_references()
+    config.mesh.preset = "fsdp"
+    try:
+        other = meshes.make_layout(config.mesh, devices)
+        check_devices(config, other.mesh)
+    except UsageError:  # sizes that are set beside the preset do not go with this one
+        return None
+    return (config, other) if other.mesh.shape["fsdp"] > layout.mesh.shape["fsdp"] else None
 
 
 class Program:
@@ -198,6 +207,7 @@ def analyse(program: Program) -> Report:
         "per_device_batch": program.per_device,
         "global_batch": config.data.batch_size,
         "remat": config.model.remat,
+        "frozen": [network.name for network in program.train_step.frozen],
         "flops": {"model": model, "executed": executed},
     }
     known = {name: local_bytes(part) for name, part in program.arguments.items()}
@@ -268,7 +278,9 @@ def check_gradients(found: cost.Cost, program: Program) -> None:
 
 def memory_of_refusal(message: str) -> tuple[float, float]:
     """(needed, available) of libtpu's RESOURCE_EXHAUSTED; any other error of the compiler is raised again."""
-    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", message)
+    size = r"([\d.]+)([KMGT])"
+    forms = rf"\({size}\) exceeds available HBM \({size}\)", rf"Used {size} of {size} hbm"
+    found = next((found for form in forms if (found := re.search(form, message))), None)
     if not found:
         raise RuntimeError(f"The compiler gave up: {message}")
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -277,9 +289,8 @@ def memory_of_refusal(message: str) -> tuple[float, float]:
 
 def _roofline(accelerator: Accelerator, report: Report) -> Report:
     """The time below which no program can do this work on this hardware, and why."""
-    sent = {
-        kind: sums["wire_bytes"] for kind, sums in report["collectives"].items() if kind != "send"
-    }  # between slices
+    # What is sent between slices takes another network.
+    sent = {kind: sums["wire_bytes"] for kind, sums in report["collectives"].items() if kind != "send"}
     seconds = {
         "compute": report["flops"]["executed"] / accelerator.flops,
         "memory": report["hbm_bytes"] / accelerator.hbm_bandwidth,

@@ -13,9 +13,9 @@ from deco_jax.weights import translate
 
 @dataclasses.dataclass
 class Bundle:
-    """A network's weights as our parameters in numpy, and what is known of them. None: not there, or not asked for."""
+    """A network's weights as our parameters in numpy, and what is known of them. None: missing, or not asked for."""
 
-    config: ConfigDict  # of the run, as far as the source says
+    config: ConfigDict  # of the run; defaults where the source does not say
     ema: Any = None
     online: Any = None
     projector: Any = None
@@ -23,7 +23,7 @@ class Bundle:
     step: int = 0
     origin: str = ""  # path of the source
     fingerprint: str | None = None  # of the data, if the source is a run of ours
-    teacher: str = ""  # hash of the one it was aligned to, if the source says
+    frozen: dict[str, str] = dataclasses.field(default_factory=dict)  # hashes of frozen networks, if the source says
     decisive: tuple[str, ...] = ()  # fields that training on must not change, if it is not a run of ours
 
     @property

@@ -116,8 +116,8 @@ def _read_weight_file(
 ) -> Bundle:
     stored = networks.open_networks(source, prediction)
     config, said = default_config(), stored.file.config
-    if "deco_jax_version" in said:  # a folder of ours
-        config = _run_config(said | {"config": said.get("training")}, source)
+    if isinstance(said.get("training"), dict):  # a folder of ours
+        config = _run_config(said | {"config": said["training"]}, source)
     config.model = networks.model_config(stored)
     decisive = [f"model.{field}" for field in ("kind", *network_fields(config.model.kind))]
     decisive += ["loss.alignment_weight", "loss.alignment_features"]
@@ -166,7 +166,7 @@ def _read_checkpoint(
     part = jax.tree.map(np.asarray, store.restore_part(where, step, asked))
     bundle = Bundle(config, origin=source, step=step, ema=part.get("ema"))
     bundle.fingerprint, bundle.decisive = meta["fingerprint"] or None, tuple(meta.get("decisive", ()))
-    bundle.teacher = meta.get("teacher", "") if projector else ""
+    bundle.frozen = store.frozen_digests(meta) if projector else {}
     bundle.online = part["params"]["network"] if "params" in part else None
     if train_state:
         adam = moments.adam_state(part["opt_state"])
@@ -197,7 +197,7 @@ def write_checkpoint(bundle: Bundle, path: pathlib.Path) -> None:
         optimizer = moments.fill(abstract_on_host(config).opt_state, count, mu, nu)
         skipped = np.int32(max(bundle.step - count, 0))  # steps that updated nothing
         state = TrainState(np.int32(bundle.step), params, bundle.ema, optimizer, skipped, np.int32(0))
-    meta = store.make_meta(config, bundle.fingerprint or "", bundle.parameters, __version__, bundle.teacher)
+    meta = store.make_meta(config, bundle.fingerprint or "", bundle.parameters, __version__, bundle.frozen)
     meta |= {"converted_from": bundle.origin, "weights_only": bundle.moments is None}
     meta |= {"decisive": bundle.decisive} if bundle.fingerprint is None else {}
     saved = store.Checkpoints(path, keep=1, keep_every=0)

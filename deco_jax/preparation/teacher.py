@@ -112,9 +112,12 @@ def _exclusive(folder: pathlib.Path, contents: Contents) -> Iterator[None]:
     known = _is_of(folder, contents)
     if not known and next(folder.glob("features-*"), None):
         raise UsageError(f"--out={folder} holds features, and nothing that says of what; choose another folder.")
+    with storage.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with storage.locked(folder, f"--out={folder}"):
-        for draft in folder.glob(".features-*"):  # of a start that was killed
-            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+        with storage.writing(folder):
+            for draft in folder.glob(".features*"):  # of a start that was killed
+                shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
         _check_space(folder, contents)
         if not known:
             storage.write_json(folder / PARTIAL, dataclasses.asdict(contents))
@@ -123,7 +126,7 @@ def _exclusive(folder: pathlib.Path, contents: Contents) -> Iterator[None]:
 
 def _check_shared(folder: pathlib.Path, contents: Contents, out: str) -> None:
     if not storage.wait_until(lambda: _is_of(folder, contents)):
-        raise UsageError(f"{out} is not shared")
+        raise UsageError(f"--out={out} is not the folder that process 0 writes to; it must be shared.")
 
 
 def _is_of(folder: pathlib.Path, contents: Contents) -> bool:
@@ -258,7 +261,7 @@ def _write_file(
 ) -> None:
     """One file, from as many batches as it takes; what is unreadable in it is written first."""
     missing, unreadable = shape[0], []
-    with storage.write_beside(path) as draft, storage.writing(path), draft.open("wb") as file:
+    with storage.writing(path), storage.write_beside(path) as draft, draft.open("wb") as file:
         header = {"descr": "<f2", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         while missing > 0:

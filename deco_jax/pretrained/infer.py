@@ -39,7 +39,7 @@ def split_networks(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Sorts a state dict by network, and takes wrappers and prefixes off the names.
 
     Returns:
-      {"online": …, "ema": …, "projector": …} as far as they are there; {"only": …} where nothing tells networks apart.
+      {"online": …, "ema": …, "projector": …}, those that exist; {"only": …} where nothing tells networks apart.
 
     Raises:
       UsageError: two tensors have the same name once the wrappers are gone.

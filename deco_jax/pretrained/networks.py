@@ -30,7 +30,7 @@ class Stored:
 
     path: str
     sizes: dict[str, Any]  # of the network, see `infer`; and its "prediction"
-    networks: dict[str, dict[str, Any]]  # "ema", "online", "projector" as far as they are there; PyTorch name → tensor
+    networks: dict[str, dict[str, Any]]  # those of "ema", "online", "projector" that it has; PyTorch name → tensor
     file: Weights
 
     @property

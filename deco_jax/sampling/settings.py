@@ -36,6 +36,8 @@ class Sampling:
             raise UsageError(f"shift={self.shift} must be positive; 1 is no shift.")
         if not 0 <= self.last < 1:
             raise UsageError(f"last={self.last} must be from 0 to below 1; 0 is 1/steps.")
+        if self.last and self.steps == 1:
+            raise UsageError(f"last={self.last} needs at least 2 steps; steps=1 is one step from noise to data.")
         if self.solver not in SOLVERS:
             raise UsageError(f"solver={self.solver!r} is not known; allowed: {', '.join(SOLVERS)}.")
         # Equal settings are equal keys of the compiled samplers.

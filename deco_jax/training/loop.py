@@ -14,9 +14,11 @@ from deco_jax.errors import UsageError
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel import processes
 from deco_jax.sampling.pictures import save_png
+from deco_jax.storage import write_bytes
+from deco_jax.training.goodput import Clock
 from deco_jax.training.hooks import Profile, SampleGrids
 from deco_jax.training.preemption import stop_request
-from deco_jax.training.report import Clock, Reporter
+from deco_jax.training.report import Reporter
 from deco_jax.training.start import (
     abstract_state,
     check_processes_agree,
@@ -54,7 +56,7 @@ def train(config: ConfigDict, workdir: str) -> None:
             layout, mesh, train_step = parts.layout, parts.layout.mesh, parts.train_step
             abstract = abstract_state(train_step, layout)
             parameters = sum(x.size for x in jax.tree.leaves(abstract.params["network"]))
-            meta = store.make_meta(config, parts.fingerprint, parameters, __version__, parts.teacher_digest)
+            meta = store.make_meta(config, parts.fingerprint, parameters, __version__, parts.digests)
             closing.enter_context(store.exclusive(folder))
             checkpoints = store.Checkpoints(folder, config.train.keep, config.train.keep_every)
             closing.callback(checkpoints.close)
@@ -72,16 +74,15 @@ def train(config: ConfigDict, workdir: str) -> None:
                 state, start = checkpoints.restore(latest, abstract), checkpoints.position(latest)
                 begin = f"resumes at step {latest}"
         if first_process:
-            (folder / "config.json").write_text(config.to_json_best_effort(indent=2))
+            write_bytes(folder / "config.json", config.to_json_best_effort(indent=2).encode())
             print(summary(config, parts, parameters, begin))
             for change in changes:
                 print(f"Changed since the checkpoint: {change}.")
 
         batch_size, rows = config.data.batch_size, meshes.host_rows(mesh, config.data.batch_size)
-        batches = pipeline.batches(config.data, config.seed, parts.source, start, rows, parts.features)
         program = jit_step(train_step, abstract, layout)
         frozen = {weights.network.name: weights.place(layout) for weights in parts.frozen}
-        bad = pipeline.BadRecords(parts.source, config.data.max_bad_records, first_process)
+        source, features = parts.source, parts.features
         del parts  # and with it the frozen networks' copies on this host
 
         reporter = Reporter(
@@ -90,9 +91,10 @@ def train(config: ConfigDict, workdir: str) -> None:
         closing.push(reporter.close)
         profile = Profile(config, folder)
         closing.callback(profile.running.close)
+        bad = pipeline.BadRecords(source, config.data.max_bad_records, first_process)
         watch = Watch(bad, config.train.max_nonfinite, checkpoints)
         sample_grid = SampleGrids(config, train_step.network, layout)
-        step = start
+        step, batches = start, pipeline.batches(config.data, config.seed, source, start, rows, features)
         with meshes.use_mesh(layout), contextlib.closing(batches):
             while True:
                 finished, stopping = step >= config.train.steps, watch.told_to_stop(stop)
@@ -107,7 +109,7 @@ def train(config: ConfigDict, workdir: str) -> None:
                             grid = sample_grid(state.ema)
                             if first_process:
                                 save_png(grid, folder / "samples" / f"step_{step:08d}.png")
-                            reporter.picture(step, grid)
+                            reporter.writers.picture(step, grid)
                     if to_save:
                         with clock.phase("checkpoint"):
                             checkpoints.save(step, state, meta)
@@ -127,7 +129,7 @@ def train(config: ConfigDict, workdir: str) -> None:
                     step += 1
                     watch(step, metrics, messages)
                     if first:
-                        jax.block_until_ready(metrics)
+                        watch.finish()
 
                 reporter.after(step, metrics)
             watch.finish()
@@ -137,7 +139,7 @@ def train(config: ConfigDict, workdir: str) -> None:
             saved = checkpoints.latest()
             what = "nothing was trained" if saved is None else f"step {saved} is saved"
             by = stop.signal.name if stop else "a signal to another process"
-            reporter.say(f"Stopped by {by}; {what}. The same command resumes from there.")
+            reporter.progress.say(f"Stopped by {by}; {what}. The same command resumes from there.")
 
 
 def _check_workdir(workdir: str, folder: pathlib.Path) -> None:

@@ -42,11 +42,10 @@ class Parts:
     fingerprint: str  # of the data
 
     @property
-    def teacher_digest(self) -> str:
-        """Which teacher's features the run is aligned to; "" = none's."""
-        if self.features is not None:
-            return self.features.digest
-        return next((weights.digest for weights in self.frozen if weights.network.name == "teacher"), "")
+    def digests(self) -> dict[str, str]:
+        """Hashes of the frozen networks' weights by name, also of the teacher whose features are stored."""
+        stored = {} if self.features is None else {"teacher": self.features.digest}
+        return stored | {weights.network.name: weights.digest for weights in self.frozen}
 
 
 def open_parts(config: ConfigDict) -> Parts:
@@ -74,7 +73,7 @@ def check_processes_agree(config: ConfigDict, parts: Parts) -> None:
     settings = hashlib.sha256(config.to_json_best_effort().encode()).hexdigest()[:16]
     processes.assert_equal("the configuration (a hash)", settings)
     processes.assert_equal("the data's fingerprint", parts.fingerprint)
-    processes.assert_equal("the teacher (a hash)", parts.teacher_digest)
+    processes.assert_equal("the frozen networks (hashes)", str(parts.digests))
 
 
 def check_devices(config: ConfigDict, mesh: Mesh) -> None:
@@ -179,15 +178,13 @@ def first_state(
 def summary(config: ConfigDict, parts: Parts, parameters: int, begin: str) -> str:
     """What stands at the top of a run's output; `begin` says where its state comes from."""
     table = parameter_table(_boxed_state(parts.train_step, parts.layout).params, parts.layout)
-    teacher = "."
-    if parts.features is not None:
-        teacher = f", aligned to the features in {config.teacher.stored}."
+    frozen = "" if parts.features is None else f", aligned to the features in {config.teacher.stored}"
     for weights in parts.frozen:
         size = sum(x.size for x in jax.tree.leaves(weights.params))
-        teacher = f", aligned to the teacher {config.teacher.weights} ({size:,} parameters)."
+        frozen += f", {weights.network.purpose} ({size:,} parameters)"
     shape = ", ".join(f"{axis} {size}" for axis, size in parts.layout.mesh.shape.items())
     return (
-        f"{table}\nNetwork: {parameters:,} parameters{teacher} {jax.device_count()} × {jax.devices()[0].device_kind} "
+        f"{table}\nNetwork: {parameters:,} parameters{frozen}. {jax.device_count()} × {jax.devices()[0].device_kind} "
         f"as a mesh of {shape}; {jax.process_count()} process(es). "
         f"Global batch {config.data.batch_size}. The run {begin}."
     )

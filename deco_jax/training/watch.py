@@ -31,7 +31,7 @@ class Watch:
             self._read(*previous)
 
     def finish(self) -> None:
-        """Reads the last step."""
+        """Waits for the step that is under way, and reads it."""
         if self.in_flight is not None:
             self._read(*self.in_flight)
 

@@ -43,6 +43,7 @@ class Unpickler:
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []  # stacks below the marks
         self._memo: dict[int, Any] = {}
+        self._result: Any = None
 
     def load(self) -> Any:
         """The next pickle's content.

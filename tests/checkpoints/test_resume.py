@@ -33,7 +33,7 @@ SAFE = (
 def meta(changes=(), **more):
     config = default_config()
     config.update_from_flattened_dict(dict(changes))
-    return json.loads(json.dumps(store.make_meta(config, "data", 1, "0", "teacher") | more))
+    return json.loads(json.dumps(store.make_meta(config, "data", 1, "0", {"teacher": "abc"}) | more))
 
 
 def another(value):
@@ -75,7 +75,8 @@ def test_all_that_is_refused_is_listed_and_nothing_else():
     "changes, message",
     [
         ({"fingerprint": "other"}, r"data fingerprint: other there, data here \(the records changed\)"),
-        ({"teacher": "other"}, r"teacher: weights other there, teacher here \(hashes\)"),
+        ({"frozen": {"teacher": "other"}}, r"teacher: weights other there, abc here \(hashes\)"),
+        ({"frozen": {"text": "def"}}, r"text: weights def there, none here \(hashes\)"),
         ({"weights_only": True}, "holds converted weights without an optimiser's state"),
     ],
 )
@@ -85,7 +86,16 @@ def test_other_data_teachers_and_bare_weights_are_refused(changes, message):
 
 
 def test_a_checkpoint_without_a_teacher_takes_any():
-    assert check_resumable(meta(teacher=""), meta(), "runs/x") == []
+    assert check_resumable(meta(frozen={}), meta(), "runs/x") == []
+
+
+def test_the_teacher_of_an_older_checkpoint_is_compared():
+    """Up to 0.1.0 its hash stood by itself."""
+    older = meta(teacher="abc")
+    del older["frozen"]
+    assert check_resumable(older, meta(), "runs/x") == []
+    with pytest.raises(UsageError, match="teacher: weights other there, abc here"):
+        check_resumable(older | {"teacher": "other"}, meta(), "runs/x")
 
 
 def test_of_converted_checkpoints_only_what_the_file_said_counts():

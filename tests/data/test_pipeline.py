@@ -232,7 +232,7 @@ def test_each_broken_file_is_counted_and_named_once(tmp_path, caplog):
             records.check(batch["bad"])
     assert records.seen == {3, 7}
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warnings) == 2, f"one line a file: {warnings}"
+    assert len(warnings) == 2, f"one line per file: {warnings}"
     for path in broken:
         assert sum(str(path) in line for line in warnings) == 1, f"{path} is not named exactly once: {warnings}"
     assert all("Error" in line for line in warnings), f"what the decoder said is missing: {warnings}"

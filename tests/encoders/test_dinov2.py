@@ -23,13 +23,9 @@ def recorded():
     return Golden("dinov2")
 
 
-@pytest.fixture(scope="module")
-def features_of():
-    def features(model, params, image):
-        model = model.clone(dtype=jnp.float32)
-        return np.asarray(jax.jit(model.apply)({"params": params}, image))
-
-    return features
+def features_of(model, params, image):
+    model = model.clone(dtype=jnp.float32)
+    return np.asarray(jax.jit(model.apply)({"params": params}, image))
 
 
 def hugging_face(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -75,13 +71,13 @@ def test_the_image_is_prepared_as_recorded(recorded):
 
 
 @pytest.mark.parametrize("scan", [True, False])
-def test_features_are_those_recorded(recorded, features_of, scan):
+def test_features_are_those_recorded(recorded, scan):
     model, params = from_tensors(recorded.group("param:"), HEADS)
     features = features_of(model.clone(scan=scan), params, recorded.image("image"))
     assert relative_error(features, recorded["features"]) < 2e-6
 
 
-def test_the_recorded_network_has_the_position_offset(recorded, features_of):
+def test_the_recorded_network_has_the_position_offset(recorded):
     """Guards the 0.1: without it every feature is a little wrong and nothing else notices."""
     model, params = from_tensors(recorded.group("param:"), HEADS)
     features = features_of(model.clone(position_offset=0.0), params, recorded.image("image"))
@@ -137,7 +133,7 @@ def test_other_layouts_hold_the_same_network(recorded, layout):
     jax.tree.map(np.testing.assert_array_equal, same, params)
 
 
-def test_files_of_both_kinds_give_the_recorded_features(recorded, features_of, tmp_path):
+def test_files_of_both_kinds_give_the_recorded_features(recorded, tmp_path):
     torch = pytest.importorskip("torch")
     safetensors = pytest.importorskip("safetensors.numpy")
     tensors = recorded.group("param:")
@@ -178,7 +174,7 @@ def transformers_features(module, image) -> np.ndarray:
     return hidden[:, 1 + getattr(module.config, "num_register_tokens", 0) :].numpy()
 
 
-def test_base_agrees_with_transformers_but_for_the_position_offset(features_of):
+def test_base_agrees_with_transformers_but_for_the_position_offset():
     """transformers interpolates positions by size, Meta's own code (and the recorded network) by scale factor."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
@@ -200,7 +196,7 @@ def test_base_agrees_with_transformers_but_for_the_position_offset(features_of):
 
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 @pytest.mark.parametrize("kind", ["Dinov2", "Dinov2WithRegisters"])
-def test_variants_agree_with_transformers_and_its_files(features_of, tmp_path, kind, mlp):
+def test_variants_agree_with_transformers_and_its_files(tmp_path, kind, mlp):
     """On a grid that is not square; with registers positions are antialiased and there is no offset in either code."""
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{kind}Config")(
@@ -243,7 +239,7 @@ def test_published_sizes_have_the_published_parameters(size, registers, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) + mask_token == count
 
 
-def test_a_mesh_splits_it_and_changes_no_feature(features_of):
+def test_a_mesh_splits_it_and_changes_no_feature():
     """Parameters in their shards, the batch over data and fsdp: a teacher that only fits in parts must be the same."""
     mesh = jax.make_mesh((2, 2, 2), meshes.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
     model = DINOv2(width=128, depth=2, heads=4, mlp="swiglu", registers=4, dtype=jnp.float32)

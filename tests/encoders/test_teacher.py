@@ -182,7 +182,7 @@ def test_planning_takes_the_published_network_of_that_width(aligned):
 
 
 def test_flops_of_the_teacher_and_of_a_step(aligned):
-    """46e9 an image at 256² for ViT-B/14 (REFERENCES), and XLA's own count of a small one."""
+    """46e9 per image at 256² for ViT-B/14, as published figures say, and XLA's own count of a small one."""
     base = DINOv2(**dinov2.SIZES["base"])
     assert dinov2.forward_flops(base, 256, 256) == pytest.approx(46e9, rel=0.02)
     image, counted = np.zeros((1, 64, 96, 3), np.float32), []

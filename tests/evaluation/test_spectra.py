@@ -114,7 +114,7 @@ def by_hand(model, params, images, seed, image_size, steps, shift):
 
 
 def test_a_network_measures_as_by_hand():
-    """72² in patches of 8: nine tokens a side, so two blocks a side, of which the second is mostly reflected."""
+    """72² in patches of 8: nine tokens per side, so two blocks per side, of which the second is mostly reflected."""
     g = Golden("deco_c2i")
     model, params = g.model(), g.params()
     settings = {"images": 11, "seed": 3, "image_size": 72, "steps": 3, "shift": 2.0}

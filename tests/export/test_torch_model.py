@@ -47,15 +47,10 @@ def largest_error(ours, theirs):
     return max(relative_error(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.fixture
-def small():
+def small(**condition):
     """Makes networks of one block each, with weights that hide nothing behind zeros."""
-
-    def make(**condition):
-        torch.manual_seed(0)
-        return DeCo(8, width=16, depth=1, heads=2, decoder_width=4, decoder_depth=1, **condition)
-
-    return make
+    torch.manual_seed(0)
+    return DeCo(8, width=16, depth=1, heads=2, decoder_width=4, decoder_depth=1, **condition)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -140,7 +135,7 @@ def test_guidance_by_text_takes_one_null_text_for_all():
     assert not torch.allclose(one, model.sample(text, null, **settings | {"guidance": 1.0}))
 
 
-def test_positions_on_an_oblong(small, monkeypatch):
+def test_positions_on_an_oblong(monkeypatch):
     """docs/model.md, 2.6 and 4, which the recorded squares cannot tell apart: by text, x runs to H/p and y to W/p."""
     calls = []
 
@@ -224,7 +219,7 @@ def compiled(model, backend):
     return graphs
 
 
-def test_compiles_without_graph_breaks(small):
+def test_compiles_without_graph_breaks():
     x, t = torch.randn(2, 3, 16, 24), torch.tensor([0.2, 0.7])
     labels, text = torch.tensor([0, 4]), torch.randn(2, 3, 5)
     for y, condition, backend in (
@@ -240,7 +235,7 @@ def test_compiles_without_graph_breaks(small):
         assert len(graphs) == 1
 
 
-def test_sampling_uses_the_compiled_network_once_it_is_compiled(small):
+def test_sampling_uses_the_compiled_network_once_it_is_compiled():
     """And compiles it twice at most, for steps without guidance and with, whatever their number."""
     model, noise = small(num_classes=4), torch.randn(2, 3, 16, 16)
     plain = model.sample([1, 2], noise=noise, steps=5, guidance=2.0)

@@ -263,7 +263,7 @@ def test_slurm_script_asks_for_what_it_needs():
     options = dict(re.match(r"#SBATCH --([a-z-]+)=?(.*)", x).groups() for x in text.splitlines() if "#SBATCH" in x)
     assert "requeue" in options and options["open-mode"] == "append"
     assert re.fullmatch(r"B:TERM@\d+", options["signal"])
-    assert options["gpus-per-node"] == options["ntasks-per-node"], "a task a GPU"
+    assert options["gpus-per-node"] == options["ntasks-per-node"], "one task per GPU"
     first_command = next(i for i, x in enumerate(text.splitlines()) if not x.startswith("#"))
     assert not any("#SBATCH" in x for x in text.splitlines()[first_command:]), "sbatch does not read these"
 

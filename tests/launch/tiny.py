@@ -1,4 +1,4 @@
-"""A run of milliseconds a step on real digits, for the launch scripts: sbatch … --config tests/launch/tiny.py."""
+"""A run of milliseconds per step on real digits, for the launch scripts: sbatch … --config tests/launch/tiny.py."""
 
 from ml_collections import ConfigDict
 

@@ -115,4 +115,4 @@ def test_bad_inputs_are_named():
     with pytest.raises(UsageError, match="hidden_layer=3 does not exist"):
         apply(g.model(), g, g.image("x"), hidden_layer=3)
     assert apply(g.model(), g, jnp.zeros((2, 8, 40, 3))).shape == (2, 8, 40, 3)
-    assert g.model().null_label == 10
+    assert g.model().condition.read(["null"]).tolist() == [10]

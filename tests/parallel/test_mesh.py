@@ -7,8 +7,10 @@ import pytest
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
-from deco_jax.config import default_config
+from deco_jax.config import build_model, default_config
+from deco_jax.encoders.dinov2.model import DINOv2
 from deco_jax.errors import UsageError
+from deco_jax.models.build import KINDS
 from deco_jax.parallel import hardware
 from deco_jax.parallel import mesh as meshes
 from deco_jax.training.start import abstract_state, check_devices
@@ -97,10 +99,27 @@ def test_a_preset_of_ones_own_may_replace_rules(tmp_path):
         split = PartitionSpec(None, None, None, ("fsdp",), None)
         assert block["attention"]["qkv"]["kernel"].sharding.spec == split
         assert block["modulation"]["kernel"].sharding.is_fully_replicated
-    for rules in ({"batch": "tensor"}, {"mlp": "expert"}):
+    for rules in ({"batch": "tensor"}, {"mlp": "expert"}, {"mlpp": "tensor"}, {"mlp": 5}):
         file.write_text(text.format(rules=rules))
-        with pytest.raises(UsageError, match="mine.py has the rule .* the batch stays split over data and fsdp"):
+        with pytest.raises(UsageError, match="mine.py has the rule .*; a rule sends one of activation_width, classes"):
             meshes.make_layout(preset(str(file)))
+
+
+def test_rules_know_every_logical_axis():
+    """Of all networks; one that does not stand in the list could not be named in a preset's rules."""
+    found = set()
+    inputs = [(build_model(dict_of(kind)), 3) for kind in KINDS] + [(DINOv2(64, 1, 1, registers=1), 1)]
+    for model, arguments in inputs:
+        given = (jnp.zeros((1, 16, 16, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32))[:arguments]
+        boxed = jax.eval_shape(model.init, jax.random.key(0), *given)
+        found |= {axis for leaf in jax.tree.leaves(boxed, is_leaf=meshes.is_boxed) for axis in leaf.names if axis}
+    assert len(found) > 10 and found <= meshes.LOGICAL_AXES
+
+
+def dict_of(kind):
+    config = default_config().model
+    config.update(kind=kind, width=32, depth=1, heads=2)
+    return config
 
 
 @pytest.mark.parametrize(

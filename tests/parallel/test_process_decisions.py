@@ -57,7 +57,7 @@ def test_an_incomplete_coordinator_is_named(change, message):
     "change, gpus",
     [
         ({}, None),  # no GPUs
-        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, [1]),  # a task a GPU, all visible
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, [1]),  # one task per GPU, all visible
         ({"CUDA_VISIBLE_DEVICES": "5"}, [0]),  # SLURM has given each its own
         ({"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, [2, 3]),
         (

@@ -242,12 +242,14 @@ def test_a_run_that_does_not_fit_is_tried_with_fsdp(monkeypatch, capsys, simulat
 
 
 def test_the_compilers_refusal_is_an_answer():
-    """As libtpu 0.0.42.1 words it; and an error of another kind, which stays an error."""
+    """As libtpu 0.0.42.1 words it; an older wording; and an error of another kind, which stays an error."""
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (39.55G) exceeds "
         "available HBM (15.75G)."
     )
     assert plan.memory_of_refusal(message) == (39.55 * 2**30, 15.75 * 2**30)
+    older = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm. Exceeded by 4.8G."
+    assert plan.memory_of_refusal(older) == (20.5 * 2**30, 15.75 * 2**30)
     with pytest.raises(RuntimeError, match="INTERNAL: crash"):
         plan.memory_of_refusal("INTERNAL: crash")
 

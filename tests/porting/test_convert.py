@@ -257,9 +257,12 @@ def test_converted_weights_start_an_aligned_run_and_remember_their_teacher(tiny_
     train_step, layout = make_train_step(tiny_config), make_layout(tiny_config.mesh)
     abstract = abstract_state(train_step, layout)
     network = jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), abstract.ema)
-    write_checkpoint(Bundle(tiny_config, network, network, fingerprint="digits", teacher="abc"), tmp_path / "run")
+    write_checkpoint(
+        Bundle(tiny_config, network, network, fingerprint="digits", frozen={"teacher": "abc"}), tmp_path / "run"
+    )
     convert(str(tmp_path / "run"), str(tmp_path / "copy"))
-    assert store.read_meta(*store.find_checkpoint(str(tmp_path / "copy")))["teacher"] == "abc"
+    meta = store.read_meta(*store.find_checkpoint(str(tmp_path / "copy")))
+    assert store.frozen_digests(meta) == {"teacher": "abc"}
     tiny_config.train.init_from = str(tmp_path / "copy")
     state = first_state(train_step, abstract, layout, find_weights(tiny_config))
     assert_trees_equal(state.params["network"], network)

@@ -32,21 +32,16 @@ def foreign(tmp_path):
     return str(tmp_path / "foreign.safetensors")
 
 
-@pytest.fixture
-def new_run(tmp_path):
-    """Makes a workdir of ours with a small network of random weights."""
-
-    def make(**model):
-        config = default_config()
-        config.model.update(num_classes=10, patch_size=4, width=16, depth=1, heads=2, decoder_width=8, decoder_depth=1)
-        config.model.update(dtype="float32", remat="none", **model)
-        rng = np.random.default_rng(0)
-        shapes = parameter_shapes(build_model(config.model))
-        params = jax.tree.map(lambda a: rng.normal(0, 0.2, a.shape).astype(np.float32), shapes)
-        write_checkpoint(Bundle(config, ema=params, online=params, fingerprint="digits"), tmp_path / "ours")
-        return str(tmp_path / "ours"), config
-
-    return make
+def new_run(folder, **model):
+    """A workdir of ours with a small network of random weights, and its configuration."""
+    config = default_config()
+    config.model.update(num_classes=10, patch_size=4, width=16, depth=1, heads=2, decoder_width=8, decoder_depth=1)
+    config.model.update(dtype="float32", remat="none", **model)
+    rng = np.random.default_rng(0)
+    shapes = parameter_shapes(build_model(config.model))
+    params = jax.tree.map(lambda a: rng.normal(0, 0.2, a.shape).astype(np.float32), shapes)
+    write_checkpoint(Bundle(config, ema=params, online=params, fingerprint="digits"), folder / "ours")
+    return str(folder / "ours"), config
 
 
 def test_a_baseline_that_does_not_say_is_not_opened_until_someone_does(foreign, tmp_path):
@@ -95,9 +90,9 @@ def test_every_format_carries_it(foreign, tmp_path, prediction):
             assert "model.prediction" in back.decisive, "a run could go on with the other prediction"
 
 
-def test_where_it_stands(new_run, tmp_path):
+def test_where_it_stands(tmp_path):
     """Plain text that anybody's reader finds; torch's safe loading takes the checkpoint as before."""
-    run, _ = new_run(kind="baseline", prediction="image")
+    run, _ = new_run(tmp_path, kind="baseline", prediction="image")
     convert(run, str(tmp_path / "hf"), kind="huggingface")
     with safe_open(tmp_path / "hf" / "model.safetensors", framework="numpy") as file:
         metadata = file.metadata()
@@ -110,8 +105,8 @@ def test_where_it_stands(new_run, tmp_path):
     assert open_weights(tmp_path / "x.ckpt").rest["prediction"] == "image"
 
 
-def test_a_file_that_contradicts_itself_is_not_opened(new_run, tmp_path):
-    run, _ = new_run(kind="baseline", prediction="image")
+def test_a_file_that_contradicts_itself_is_not_opened(tmp_path):
+    run, _ = new_run(tmp_path, kind="baseline", prediction="image")
     convert(run, str(tmp_path / "hf"), kind="huggingface")
     file = tmp_path / "hf" / "config.json"
     text = file.read_text()
@@ -125,9 +120,9 @@ def test_a_file_that_contradicts_itself_is_not_opened(new_run, tmp_path):
             deco_jax.load_pretrained(str(tmp_path / "hf"))
 
 
-def test_diffusers_and_pytorch_do_not_get_a_deco_that_predicts_images(new_run, tmp_path):
+def test_diffusers_and_pytorch_do_not_get_a_deco_that_predicts_images(tmp_path):
     """They would take its images for velocities."""
-    run, _ = new_run(prediction="image")
+    run, _ = new_run(tmp_path, prediction="image")
     convert(run, str(tmp_path / "hf"), kind="huggingface")
     assert {path.name for path in (tmp_path / "hf").iterdir()} == {"config.json", "model.safetensors", "README.md"}
     assert "DiffusionPipeline" not in (tmp_path / "hf" / "README.md").read_text()
@@ -139,8 +134,8 @@ def test_diffusers_and_pytorch_do_not_get_a_deco_that_predicts_images(new_run, t
         DeCo.from_safetensors(tmp_path / "hf" / "model.safetensors")
 
 
-def test_a_deco_of_velocities_is_described_as_pytorchs_takes_it(new_run, tmp_path):
-    run, config = new_run()
+def test_a_deco_of_velocities_is_described_as_pytorchs_takes_it(tmp_path):
+    run, config = new_run(tmp_path)
     convert(run, str(tmp_path / "x.safetensors"))
     with safe_open(tmp_path / "x.safetensors", framework="numpy") as file:
         architecture = json.loads(file.metadata()["architecture"])
@@ -148,8 +143,8 @@ def test_a_deco_of_velocities_is_described_as_pytorchs_takes_it(new_run, tmp_pat
     assert architecture == {field: config.model[field] for field in sizes}
 
 
-def test_a_run_starts_from_and_resumes_only_what_predicts_the_same(new_run):
-    run, config = new_run(kind="baseline", prediction="image")
+def test_a_run_starts_from_and_resumes_only_what_predicts_the_same(tmp_path):
+    run, config = new_run(tmp_path, kind="baseline", prediction="image")
     config.train.init_from = run
     folder, step = find_weights(config)
     saved = store.read_meta(folder, step) | {"weights_only": False}
@@ -161,9 +156,9 @@ def test_a_run_starts_from_and_resumes_only_what_predicts_the_same(new_run):
         check_resumable(saved, store.make_meta(config, "digits", 1, ""), folder)
 
 
-def test_a_checkpoint_from_before_there_was_a_choice_predicts_velocities(new_run):
+def test_a_checkpoint_from_before_there_was_a_choice_predicts_velocities(tmp_path):
     """Its configuration lacks the fields; it is opened, started from and resumed as what it was."""
-    run, config = new_run()
+    run, config = new_run(tmp_path)
     folder, step = store.find_checkpoint(run)
     file = folder / str(step) / "meta" / "metadata"
     meta = json.loads(file.read_text())
@@ -183,9 +178,9 @@ def test_a_checkpoint_from_before_there_was_a_choice_predicts_velocities(new_run
 
 
 @pytest.mark.parametrize("model", [{"decoder_patch": 2}, {"decoder_interaction": "add"}])
-def test_only_our_checkpoints_hold_the_other_decoders(new_run, tmp_path, model):
+def test_only_our_checkpoints_hold_the_other_decoders(tmp_path, model):
     pytest.importorskip("torch", reason="needs the extra `torch`")
-    run, _ = new_run(**model)
+    run, _ = new_run(tmp_path, **model)
     (field, value), *_ = model.items()
     for name, kind in TARGETS.items():
         if kind != "checkpoint":

@@ -63,6 +63,7 @@ def test_an_image_depends_on_its_key_and_number_alone():
         ({"guidance_interval": (0.5, 0.1)}, r"guidance_interval=\(0.5, 0.1\)"),
         ({"solver": "magic"}, "solver='magic' is not known; allowed: euler"),
         ({"last": 1.0}, "last=1.0 must be from 0 to below 1"),
+        ({"last": 0.3}, "last=0.3 needs at least 2 steps"),
         ({"negative": [1, 2]}, "negative has 2 entries; 1 labels need as many"),
         ({"image_size": None}, "needs noise=…, or key=… together with image_size"),
         ({"noise": np.zeros((2, 8, 8, 3))}, r"noise has shape \(2, 8, 8, 3\); 1 labels need \(1, H, W, 3\)"),

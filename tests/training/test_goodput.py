@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from deco_jax.training import report
-from deco_jax.training.report import Clock, Goodput
+from deco_jax.training import goodput
+from deco_jax.training.goodput import Clock, Goodput
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def now(monkeypatch):
     class Now:
         seconds = 1000.0
 
-    monkeypatch.setattr(report.time, "time", lambda: Now.seconds)
+    monkeypatch.setattr(goodput.time, "time", lambda: Now.seconds)
     return Now
 
 
