@@ -32,6 +32,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from digits import DigitClassifier
 from efficientnet import load_params, pooled_features
 from ml_collections import ConfigDict
 
@@ -39,7 +40,6 @@ from deco_jax.config import build_model, check_config, default_config
 from deco_jax.data.sources import Digits, open_source
 from deco_jax.diffusion.flow import to_uint8
 from deco_jax.errors import UsageError
-from deco_jax.evaluation.digits import DigitClassifier
 from deco_jax.evaluation.frechet import Moments, frechet_distance
 from deco_jax.evaluation.generate import generate
 from deco_jax.evaluation.spectra import measure_spectra

@@ -88,51 +88,55 @@ def _add_command(commands: Any, name: str, run: Callable, function: str, text: s
     return parser
 
 
+def _add_config(parser: argparse.ArgumentParser, example: str, dest: str = "config") -> None:
+    """The configuration file, whose settings may be overridden, as in the example."""
+    text = "configs/NAME.py, or FILE:ARGUMENT"
+    parser.add_argument("--config", dest=dest, required=True, metavar="FILE", help=text)
+    parser.epilog = f"Any setting of the file: --config.PART.FIELD=VALUE, for instance {example}"
+
+
+def _add_drawing(
+    parser: argparse.ArgumentParser, batch_size: int, *, out: str, files: str, num: str, seed: str
+) -> None:
+    """What commands have in common that draw images with a trained network."""
+    parser.add_argument("--out", required=True, metavar="DIR", help=f"gets {out}")
+    parser.add_argument("--num", type=int, default=64, help=f"{num} (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help=f"{seed} (default: 0)")
+    parser.add_argument("--weights", choices=("ema", "online"), default="ema", help="default: ema")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help=f"images at a time (default: {batch_size})")
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {files} already in --out")
+
+
 def _add_prepare(commands: Any) -> None:
     text = "Compute and store what never changes about the images."
     function = "deco_jax.preparation.teacher:prepare_teacher"
     parser = _add_command(commands, "prepare", _call_with_config, function, text)
-    parser.add_argument("--config", required=True, metavar="FILE", help="configs/NAME.py, or FILE:ARGUMENT")
-    parser.add_argument(
-        "--teacher",
-        dest="function",
-        action="store_const",
-        const=function,
-        required=True,
-        help="prepare its features",
-    )
+    _add_config(parser, "--config.data.path=DIR")
+    chosen = {"dest": "function", "action": "store_const", "const": function}
+    parser.add_argument("--teacher", **chosen, required=True, help="prepare its features")
     parser.add_argument("--out", required=True, metavar="DIR", help="of the features; continued if it holds some")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time, on each process (default: 64)")
-    parser.epilog = "Any setting of the file: --config.PART.FIELD=VALUE, for instance --config.data.path=DIR"
 
 
 def _add_train(commands: Any) -> None:
     text = "Train a network, or go on training it."
     parser = _add_command(commands, "train", _call_with_config, "deco_jax.training.loop:train", text)
-    parser.add_argument("--config", required=True, metavar="FILE", help="configs/NAME.py, or FILE:ARGUMENT")
-    parser.add_argument(
-        "--workdir", required=True, metavar="DIR", help="checkpoints, samples and logs; resumed if there"
-    )
-    parser.epilog = "Any setting of the file: --config.PART.FIELD=VALUE, for instance --config.optimizer.lr=2e-4"
+    _add_config(parser, "--config.optimizer.lr=2e-4")
+    text = "checkpoints, samples and logs; resumed if there"
+    parser.add_argument("--workdir", required=True, metavar="DIR", help=text)
 
 
 def _add_sample(commands: Any) -> None:
     text = "Draw images from a trained network."
     parser = _add_command(commands, "sample", _call, "deco_jax.evaluation.generate:generate_to_folder", text)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--workdir", dest="source", metavar="DIR", help="of `deco train`; its newest checkpoint is used"
-    )
+    text = "of `deco train`; its newest checkpoint is used"
+    source.add_argument("--workdir", dest="source", metavar="DIR", help=text)
     source.add_argument("--checkpoint", dest="source", metavar="PATH", help="one checkpoint: WORKDIR/checkpoints/STEP")
-    parser.add_argument("--out", required=True, metavar="DIR", help="gets grid.png and one PNG per image")
-    parser.add_argument(
-        "--labels", default="all", help="as in 0,1,5-9,null; image i shows label i modulo their number (default: all)"
-    )
-    parser.add_argument("--num", type=int, default=64, help="images (default: 64)")
-    parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i alone (default: 0)")
-    parser.add_argument("--weights", choices=("ema", "online"), default="ema", help="default: ema")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
-    parser.add_argument("--overwrite", action="store_true", help="replace pictures already in --out")
+    seed = "image i depends on the seed and i alone"
+    _add_drawing(parser, 64, out="grid.png and one PNG per image", files="pictures", num="images", seed=seed)
+    text = "as in 0,1,5-9,null; image i shows label i modulo their number (default: all)"
+    parser.add_argument("--labels", default="all", help=text)
     trained = "(default: as the run's configuration says)"
     parser.add_argument("--image-size", type=int, help=f"pixels along a side {trained}")
     parser.add_argument("--steps", type=int, help=f"of the solver {trained}")
@@ -146,42 +150,31 @@ def _add_sample(commands: Any) -> None:
 def _add_spectra(commands: Any) -> None:
     text = "Over which frequencies does the energy of a transformer's output lie, and of its network's velocity?"
     parser = _add_command(commands, "spectra", _call, "deco_jax.evaluation.spectra:spectra_to_folder", text)
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="workdir, checkpoint, .ckpt, .pt, .safetensors or folder"
-    )
-    parser.add_argument(
-        "--against", nargs="+", action="extend", default=[], metavar="PATH", help="networks to put beside it"
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="gets spectra.json, spectra.csv and spectra.png")
-    parser.add_argument("--num", type=int, default=64, help="images per network (default: 64)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise, the same for every network (default: 0)")
+    text = "workdir, checkpoint, .ckpt, .pt, .safetensors or folder"
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help=text)
+    more = {"nargs": "+", "action": "extend", "default": []}
+    parser.add_argument("--against", **more, metavar="PATH", help="networks to put beside it")
+    files, seed = "spectra.json, spectra.csv and spectra.png", "of the noise, the same for every network"
+    _add_drawing(parser, 16, out=files, files="spectra", num="images per network", seed=seed)
     trained = "(default: as the run's configuration says; else"
     parser.add_argument("--steps", type=int, help=f"of the Euler solver {trained} 50)")
     parser.add_argument("--shift", type=float, help=f"time shift, above 1 = more steps near noise {trained} 1)")
     parser.add_argument("--image-size", type=int, help=f"pixels along a side {trained} 256)")
-    parser.add_argument("--batch-size", type=int, default=16, help="images at a time (default: 16)")
-    parser.add_argument("--weights", choices=("ema", "online"), default="ema", help="default: ema")
-    parser.add_argument("--overwrite", action="store_true", help="replace spectra already in --out")
 
 
 def _add_plan(commands: Any) -> None:
     text = "Would a run fit on hardware that is not here, and how fast could it be? Ends with 1 if it does not fit."
     parser = _add_command(commands, "plan", _plan, "deco_jax.planning.plan:plan", text)
-    parser.add_argument(
-        "--config", dest="path", required=True, metavar="FILE", help="configs/NAME.py, or FILE:ARGUMENT"
-    )
-    parser.add_argument(
-        "--topology", required=True, metavar="NAME", help="v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:4x4, h100:8, cpu:8, …"
-    )
+    _add_config(parser, "--config.model.remat=full", dest="path")
+    text = "v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:4x4, h100:8, cpu:8, …"
+    parser.add_argument("--topology", required=True, metavar="NAME", help=text)
     parser.add_argument("--slices", type=int, default=1, help="so many of them behind a slower network (default: 1)")
     parser.add_argument("--preset", metavar="NAME", help="layout of the mesh, as --config.mesh.preset")
     parser.add_argument("--per-device-batch", type=int, metavar="B", help="(default: the configuration's global batch)")
-    parser.add_argument(
-        "--sample", dest="sampler", action="store_true", help="plan the sampler instead of the training step"
-    )
+    text = "plan the sampler instead of the training step"
+    parser.add_argument("--sample", dest="sampler", action="store_true", help=text)
     parser.add_argument("--fit", action="store_true", help="find the largest batch that fits; compiles several times")
     parser.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object")
-    parser.epilog = "Any setting of the file: --config.PART.FIELD=VALUE, for instance --config.model.remat=full"
 
 
 def _add_convert(commands: Any) -> None:
@@ -189,20 +182,12 @@ def _add_convert(commands: Any) -> None:
     parser = _add_command(commands, "convert", _call, "deco_jax.porting.convert:convert", text)
     parser.add_argument("source", metavar="SRC", help="workdir, checkpoint, .ckpt, .pt, .pth, .safetensors or folder")
     parser.add_argument("target", metavar="DST", help="NAME.safetensors, NAME.ckpt, or a folder")
-    parser.add_argument(
-        "--format",
-        dest="kind",
-        metavar="FORMAT",
-        help="checkpoint, safetensors, ckpt or huggingface (default: by DST's ending)",
-    )
+    text = "checkpoint, safetensors, ckpt or huggingface (default: by DST's ending)"
+    parser.add_argument("--format", dest="kind", metavar="FORMAT", help=text)
     parser.add_argument("--weights", default="ema", help="ema or online, for formats with one set (default: ema)")
     parser.add_argument("--train-state", action="store_true", help="also optimiser, step and projector, to train on")
-    parser.add_argument(
-        "--without-projector",
-        dest="projector",
-        action="store_false",
-        help="with --train-state: to train without REPA",
-    )
+    text = "with --train-state: to train without REPA"
+    parser.add_argument("--without-projector", dest="projector", action="store_false", help=text)
     parser.add_argument("--image-size", type=int, help="it was trained on, if SRC does not say (default: 256)")
     parser.add_argument("--prediction", help="velocity or image, if SRC does not say")
     parser.add_argument("--force", action="store_true", help="replace DST, if it is a file or made by this command")

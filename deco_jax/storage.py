@@ -70,6 +70,14 @@ def write_json(path: pathlib.Path, values: Any) -> None:
     write_bytes(path, json.dumps(values, indent=2, ensure_ascii=False).encode())
 
 
+def local_folder(option: str, name: str) -> pathlib.Path:
+    """The folder that a user names with `option`, there or not; UsageError if it is a file or a bucket's address."""
+    folder = pathlib.Path(name).expanduser()
+    if "://" in name or (folder.exists() and not folder.is_dir()):
+        raise UsageError(f"{option}={name} is no folder. A bucket must be mounted (with gcsfuse, say).")
+    return folder
+
+
 @contextlib.contextmanager
 def locked(folder: pathlib.Path, name: str) -> Iterator[None]:
     """Within it, this process alone uses `folder`, which is made if missing.

@@ -12,5 +12,5 @@ echo "Installed into .venv after $((SECONDS - started)) s."
 
 workdir=${1:-runs/quickstart}
 .venv/bin/deco train --config configs/quickstart.py --workdir "$workdir"
-.venv/bin/python -m deco_jax.evaluation.digits "$workdir"
+.venv/bin/python benchmarks/digits.py "$workdir"
 echo "Total: $((SECONDS - started)) s."

@@ -19,7 +19,6 @@ from deco_jax.errors import UsageError
 from deco_jax.models.build import parameter_shapes
 from deco_jax.parallel import mesh as meshes
 from deco_jax.training.start import abstract_state
-from deco_jax.training.state import init_state
 from deco_jax.training.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -149,9 +148,7 @@ def test_a_compared_run_trains_a_step(name):
     config.data.image_size, config.data.batch_size = 32, 2
     config.loss.update(alignment_layer=1, alignment_features=8)
     step, rng = make_train_step(config), np.random.default_rng(0)
-    state = jax.eval_shape(
-        lambda: nn.meta.unbox(init_state(jax.random.key(0), step.network, step.projector, step.optimizer, 16))
-    )
+    state = jax.eval_shape(lambda: nn.meta.unbox(step.initial_state()))
     params = jax.tree.map(lambda p: rng.normal(0, 0.2, p.shape).astype(np.float32), state.params)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
     batch = {

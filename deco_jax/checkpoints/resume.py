@@ -37,12 +37,12 @@ def check_resumable(saved: dict[str, Any], now: dict[str, Any], where: str | os.
         for field in sorted(FIELDS)
         if then[field] != today[field]
     }
-    accepted = {field: text for field, text in differences.items() if FIELDS[field].resume == "free"}
-    refused = {field: text for field, text in differences.items() if FIELDS[field].resume == "fixed"}
+    accepted = [field for field in differences if FIELDS[field].resume == "free"]
+    refused = [field for field in differences if FIELDS[field].resume == "fixed"]
     if "decisive" in saved:  # converted: the file said little more than this of what was trained, and how
-        accepted = {field: text for field, text in accepted.items() if field.startswith("optimizer.")}
-        refused = {field: text for field, text in refused.items() if field in saved["decisive"]}
-    problems = list(refused.values())
+        accepted = [field for field in accepted if field.startswith("optimizer.")]
+        refused = [field for field in refused if field in saved["decisive"]]
+    problems = [differences[field] for field in refused]
     if "decisive" in saved and any(field.startswith("loss.alignment") for field in refused):
         problems.append("to train without alignment, convert again with --without-projector")
     if "decisive" not in saved and not problems and saved["fingerprint"] != now["fingerprint"]:
@@ -59,4 +59,4 @@ def check_resumable(saved: dict[str, Any], now: dict[str, Any], where: str | os.
             f"{where} was trained with another configuration: {'; '.join(problems)}. Restore these values, or start a "
             "new workdir (with --config.train.init_from to begin from these weights)."
         )
-    return list(accepted.values())
+    return [differences[field] for field in accepted]

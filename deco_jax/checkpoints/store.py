@@ -133,7 +133,6 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits, and lets go of the manager."""
-        self.wait()
         self.manager.close()
 
 
@@ -161,12 +160,11 @@ def find_checkpoint(path: str) -> tuple[pathlib.Path, int]:
       UsageError: there is none.
     """
     given = pathlib.Path(path).expanduser().absolute()
-    for folder in (given / FOLDER, given, given.parent):
-        steps = [int(p.name) for p in _step_folders(folder) if _is_complete(p)]
-        if folder == given.parent:
-            steps = [step for step in steps if given.name == str(step)]
-        if steps:
+    for folder in (given / FOLDER, given):
+        if steps := [int(p.name) for p in _step_folders(folder) if _is_complete(p)]:
             return folder, max(steps)
+    if given.name.isdigit() and _is_complete(given):
+        return given.parent, int(given.name)
     what = "holds no finished checkpoint" if given.exists() else "does not exist"
     raise UsageError(f"{path} {what}; expected a workdir of `deco train` or one of its checkpoints/<step>.")
 

@@ -52,8 +52,9 @@ def build_model(config: ConfigDict) -> Network:
     """
     FIELDS["model.kind"].check("model.kind", config.kind)
     fields = network_fields(config.kind)
-    for name, value in flatten(config, "model.").items():
-        if name.removeprefix("model.") in fields or FIELDS[name].choices:
+    for field, value in config.items():
+        name = f"model.{field}"
+        if field in fields or FIELDS[name].choices:
             FIELDS[name].check(name, value)
     if config.width % (4 * config.heads):
         raise UsageError(

@@ -5,6 +5,7 @@ import functools
 import sys
 from typing import Any, Literal
 
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from deco_jax.data.sources import SOURCES
@@ -152,21 +153,9 @@ FIELDS: dict[str, Field] = {
 
 def default_config() -> ConfigDict:
     """The whole tree with the defaults of FIELDS, locked."""
-    c = ConfigDict()
-    for name, field in FIELDS.items():
-        part, _, key = name.rpartition(".")
-        if part and part not in c:
-            c[part] = ConfigDict()
-        (c[part] if part else c)[key] = field.default
-    return c.lock()
+    return ConfigDict(unflatten_dict({name: field.default for name, field in FIELDS.items()}, sep=".")).lock()
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(config: ConfigDict | dict) -> dict[str, Any]:
     """{"model.width": 1024, …}, of a ConfigDict or of nested dicts."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, ConfigDict | dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+    return flatten_dict(config.to_dict() if isinstance(config, ConfigDict) else config, sep=".")

@@ -47,11 +47,6 @@ class Contents:
         rows = min(self.records_a_file, self.records - file * self.records_a_file)
         return rows, self.tokens, self.features
 
-    def differences(self, other: "Contents") -> list[str]:
-        """A text for each field in which `other` differs."""
-        ours, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        return [f"{name}: {theirs[name]} there, {ours[name]} here" for name in ours if ours[name] != theirs[name]]
-
 
 def features_file(folder: pathlib.Path, file: int) -> pathlib.Path:
     """Where file number `file` lies."""
@@ -68,28 +63,33 @@ def missing_files(folder: pathlib.Path, contents: Contents) -> list[int]:
     return [k for k in range(contents.files) if not features_file(folder, k).exists()]
 
 
-def read_contents(path: pathlib.Path) -> tuple[Contents, list[int]]:
-    """(what a folder's features are of, the unreadable records), from its features.json or features.partial.json.
+def read_contents(folder: pathlib.Path) -> tuple[Contents, list[int], bool] | None:
+    """What a folder's features are of, the unreadable records, and whether it is complete; None if nothing says so.
 
     Raises:
-      UsageError: the file is damaged, or of another version of the format.
+      UsageError: the file that says so is damaged, or of another version of the format.
     """
+    path = next((path for path in (folder / COMPLETE, folder / PARTIAL) if path.is_file()), None)
+    if path is None:
+        return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}); prepare into another folder.") from error
-    if isinstance(values, dict) and values.get("version", VERSION) != VERSION:
+    values = values if isinstance(values, dict) else {}
+    if values.get("version", VERSION) != VERSION:
         raise UsageError(
             f"{path} is of version {values['version']!r}, and this deco_jax reads version {VERSION}; "
             "prepare into another folder."
         )
-    kinds = {field.name: field.type for field in dataclasses.fields(Contents)} | {"bad": list}
-    values = {"bad": []} | values if isinstance(values, dict) else {}
-    wrong = [name for name, kind in kinds.items() if type(values.get(name)) is not kind]
-    wrong += [name for name, kind in kinds.items() if kind is int and name not in wrong and values[name] < 1]
-    if wrong or not all(type(record) is int for record in values["bad"]):
-        raise UsageError(f"{path} is damaged: {', '.join(wrong or ['bad'])}; prepare into another folder.")
-    return Contents(**{name: values[name] for name in kinds if name != "bad"}), values["bad"]
+    kinds, bad = {field.name: field.type for field in dataclasses.fields(Contents)}, values.get("bad", [])
+    fields = {name: values.get(name) for name in kinds}
+    wrong = [k for k, value in fields.items() if type(value) is not kinds[k] or (kinds[k] is int and value < 1)]
+    if type(bad) is not list or not all(type(record) is int for record in bad):
+        wrong.append("bad")
+    if wrong:
+        raise UsageError(f"{path} is damaged: {', '.join(wrong)}; prepare into another folder.")
+    return Contents(**fields), bad, path.name == COMPLETE
 
 
 class StoredFeatures:
@@ -102,7 +102,7 @@ class StoredFeatures:
           UsageError: a file is damaged.
         """
         self.folder = folder
-        self.contents, bad = read_contents(folder / COMPLETE)
+        self.contents, bad, _ = read_contents(folder)
         self.bad = frozenset(bad)
         self._starts = [_check_file(folder, file, self.contents) for file in range(self.contents.files)]
 
@@ -119,11 +119,11 @@ class StoredFeatures:
         """
         if record in self.bad:
             raise ValueError("it has no stored features: the image was unreadable when they were made")
-        shape = (self.contents.tokens, self.contents.features)
         file, row = divmod(record, self.contents.records_a_file)
-        count, start = shape[0] * shape[1], self._starts[file]
-        offset = start + row * count * np.dtype(np.float16).itemsize
-        return np.fromfile(features_file(self.folder, file), "<f2", count, offset=offset).reshape(shape)
+        _, *shape = self.contents.shape(file)
+        count, dtype = math.prod(shape), np.dtype("<f2")
+        offset = self._starts[file] + row * count * dtype.itemsize
+        return np.fromfile(features_file(self.folder, file), dtype, count, offset=offset).reshape(shape)
 
 
 def _check_file(folder: pathlib.Path, file: int, contents: Contents) -> int:
@@ -131,18 +131,19 @@ def _check_file(folder: pathlib.Path, file: int, contents: Contents) -> int:
     path, shape = features_file(folder, file), contents.shape(file)
     try:
         with path.open("rb") as stream:
-            version = np.lib.format.read_magic(stream)
-            if version != (1, 0):
+            if (version := np.lib.format.read_magic(stream)) != (1, 0):
                 raise ValueError(f"version {version} of the format")
             there, _, dtype = np.lib.format.read_array_header_1_0(stream)
             start, size = stream.tell(), path.stat().st_size
+        if there != shape or dtype != np.float16:
+            problem = f"holds {there} {dtype}, not {shape} float16"
+        elif size != start + math.prod(shape) * dtype.itemsize:
+            problem = f"has {size} bytes, not what its header says"
+        else:
+            return start
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}). {_remake(folder, path.name)}") from error
-    if there != shape or dtype != np.float16:
-        raise UsageError(f"{path} holds {there} {dtype}, not {shape} float16. {_remake(folder, path.name)}")
-    if size != start + math.prod(shape) * dtype.itemsize:
-        raise UsageError(f"{path} has {size} bytes, not what its header says. {_remake(folder, path.name)}")
-    return start
+        problem = f"cannot be read ({error})"
+    raise UsageError(f"{path} {problem}. Remove {path.name} and run again: {_command(folder)}")
 
 
 def open_features(config: ConfigDict, source: Source) -> StoredFeatures:
@@ -153,11 +154,11 @@ def open_features(config: ConfigDict, source: Source) -> StoredFeatures:
     """
     name = f"teacher.stored={config.teacher.stored}"
     folder = pathlib.Path(config.teacher.stored).expanduser()
-    if not (folder / COMPLETE).is_file() and not (folder / PARTIAL).is_file():
+    said = read_contents(folder)
+    if said is None:
         what = "holds no features" if folder.is_dir() else "is no folder"
         raise UsageError(f"{name} {what}. Made by: {_command(folder)}. Or the teacher in every step: teacher.stored=''")
-    complete = (folder / COMPLETE).is_file()
-    contents, _ = read_contents(folder / (COMPLETE if complete else PARTIAL))
+    contents, _, complete = said
     if contents.identity != source.identity or contents.records != len(source):
         raise UsageError(
             f"{name} holds features of other images, labels or another order: of {contents.records} records of "
@@ -183,7 +184,3 @@ def open_features(config: ConfigDict, source: Source) -> StoredFeatures:
 
 def _command(folder: pathlib.Path) -> str:
     return f"deco prepare --config FILE --teacher --out {folder}"
-
-
-def _remake(folder: pathlib.Path, name: str) -> str:
-    return f"Remove {name} and run again: {_command(folder)}"

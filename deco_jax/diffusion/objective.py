@@ -27,7 +27,7 @@ class Objective:
     def __call__(
         self,
         network: Callable[..., Array | tuple[Array, Array]],
-        project: Callable[[Array], Array],
+        project: Callable[[Array], Array] | None,
         images_BxHxWx3: Array,
         condition: Any,
         draws: Draws,
@@ -37,7 +37,7 @@ class Objective:
 
         Args:
           network: (x_t, t, condition, hidden_layer=…) → v̂, or (v̂, tokens) when hidden_layer is not None.
-          project: tokens (B, N, D) → (B, N, F); called only if alignment_weight is not 0.
+          project: tokens (B, N, D) → (B, N, F); None if alignment_weight is 0.
           images_BxHxWx3: fp32 in [-1, 1].
           condition: of each example, a tree of arrays (B, …), those that are dropped already replaced.
           draws: times and noise.

@@ -1,5 +1,6 @@
 """The teacher of a run: where its weights are, whether they suit the run, and what it sees in a batch."""
 
+import functools
 import pathlib
 import re
 import shutil
@@ -59,14 +60,9 @@ def teacher_of(module: DINOv2, config: ConfigDict) -> Frozen:
         reads="image",
         writes="features",
         example=jax.ShapeDtypeStruct((1, module.image_patch, module.image_patch, 3), np.float32),
-        prepare=_from_unit_range,
-        forward_flops=lambda height, width: forward_flops(module, height, width),
+        prepare=lambda image_BxHxWx3: (image_BxHxWx3 + 1) / 2,  # to [0, 1]
+        forward_flops=functools.partial(forward_flops, module),
     )
-
-
-def _from_unit_range(image_BxHxWx3: jax.Array) -> jax.Array:
-    """[-1, 1] → [0, 1]."""
-    return (image_BxHxWx3 + 1) / 2
 
 
 def check_grids(config: ConfigDict) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jax import Array
 from tqdm import tqdm
 
 from deco_jax.checkpoints import store
@@ -17,6 +18,7 @@ from deco_jax.pretrained.load import load_pretrained
 from deco_jax.sampling.pictures import make_grid, save_png
 from deco_jax.sampling.sample import image_noise, sample
 from deco_jax.sampling.settings import Sampling
+from deco_jax.storage import local_folder
 
 GRID_IMAGES = 256  # a grid shows the first ones only
 
@@ -32,8 +34,7 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """Yields one image per label, (H, W, 3) uint8, in order.
 
-    Image i starts from noise that depends on `seed` and i alone. Every batch has the same shape (the last one is
-    filled up), and batches are split over all local devices.
+    Image i starts from noise that depends on `seed` and i alone. Batches are split over all local devices.
 
     Args:
       model, params: see `load_pretrained`.
@@ -43,16 +44,44 @@ def generate(
       batch_size: images at a time, rounded up to a multiple of the devices.
       settings: of the sampler.
     """
+    params = jax.device_put(params, meshes.replicated(meshes.local_layout().mesh))
+    for indices, noise in noise_batches(len(labels), seed, image_size, batch_size):
+        numbers = np.asarray(indices)
+        images = sample(model, params, [labels[i % len(labels)] for i in numbers], noise=noise, settings=settings)
+        yield from np.asarray(to_uint8(images))[numbers < len(labels)]
+
+
+def noise_batches(number: int, seed: int, image_size: int, batch_size: int) -> Iterator[tuple[Array, Array]]:
+    """Yields the numbers (B,) of so many images and their noise, split over all local devices.
+
+    Batches are rounded up to a multiple of the devices, and the last one is filled up: with numbers from `number` on.
+    """
     mesh = meshes.local_layout().mesh
-    params = jax.device_put(params, meshes.replicated(mesh))
-    batch_size = meshes.round_up(min(batch_size, len(labels)), mesh)
-    key = jax.random.key(seed)
-    for start in range(0, len(labels), batch_size):
-        indices = np.arange(start, start + batch_size)
-        noise = image_noise(key, jax.device_put(indices, meshes.batch_sharding(mesh)), (image_size, image_size, 3))
-        shown = [labels[i % len(labels)] for i in indices]
-        images = sample(model, params, shown, noise=noise, settings=settings)
-        yield from np.asarray(to_uint8(images))[: len(labels) - start]
+    batch_size = meshes.round_up(min(batch_size, number), mesh)
+    key, shape = jax.random.key(seed), (image_size, image_size, 3)
+    for start in range(0, number, batch_size):
+        indices = np.arange(start, start + batch_size, dtype=np.int32)
+        indices = jax.device_put(indices, meshes.batch_sharding(mesh))
+        yield indices, image_noise(key, indices, shape)
+
+
+def check_folder(
+    out: str, num: int, batch_size: int, seed: int, overwrite: bool, files: str, what: str
+) -> pathlib.Path:
+    """The folder of `--out`, into which `num` images are drawn, or files about them.
+
+    Raises:
+      UsageError: a number is out of range, `out` is no folder, or it holds `files`, called `what`, and may not.
+    """
+    for name, value in (("num", num), ("batch-size", batch_size)):
+        if value < 1:
+            raise UsageError(f"--{name}={value} must be at least 1.")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"--seed={seed} must be from 0 to 2³² − 1.")
+    folder = local_folder("--out", out)
+    if not overwrite and any(folder.glob(files)):
+        raise UsageError(f"--out={out} already holds {what}; choose another folder or pass --overwrite.")
+    return folder
 
 
 def generate_to_folder(
@@ -83,15 +112,7 @@ def generate_to_folder(
     Raises:
       UsageError: an argument is out of range, or `out` holds pictures.
     """
-    folder = pathlib.Path(out).expanduser()
-    if num < 1 or batch_size < 1:
-        raise UsageError(f"--num={num} and --batch-size={batch_size} must be at least 1.")
-    if not 0 <= seed < 2**32:
-        raise UsageError(f"--seed={seed} must be from 0 to 2³² − 1.")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--out={out} is a file.")
-    if not overwrite and any(folder.glob("*.png")):
-        raise UsageError(f"--out={out} already holds pictures; choose another folder or pass --overwrite.")
+    folder = check_folder(out, num, batch_size, seed, overwrite, "*.png", "pictures")
     config = store.read_config(*store.find_checkpoint(source))
     settings = Sampling.from_config(config.sample, **changes)
     model, params = load_pretrained(source, weights)

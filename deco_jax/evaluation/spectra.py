@@ -22,11 +22,11 @@ from tqdm import tqdm
 from deco_jax.checkpoints import store
 from deco_jax.diffusion.frequency import BLOCK, block_dct
 from deco_jax.errors import UsageError
+from deco_jax.evaluation.generate import check_folder, noise_batches
 from deco_jax.evaluation.spectra_report import FILES, Spectra, ZIGZAG_64x2, require_matplotlib, write_spectra
 from deco_jax.parallel import mesh as meshes
 from deco_jax.pretrained.load import load_pretrained
 from deco_jax.pretrained.networks import is_weight_file, model_config, open_networks
-from deco_jax.sampling.sample import image_noise
 from deco_jax.sampling.settings import Sampling
 from deco_jax.sampling.solvers import SOLVERS, integrate
 
@@ -55,28 +55,22 @@ def measure_spectra(
       images: how many.
       seed: of the noise.
       image_size: side in pixels.
-      batch_size: images at a time, rounded up to a multiple of the devices.
+      batch_size: images at a time, see `noise_batches`.
       steps: of the Euler solver.
       shift: time shift of its grid.
 
     Raises:
-      UsageError: an argument is out of range, the tokens are too few for a block, or the network diverges.
+      UsageError: steps or shift are out of range, or the network diverges.
     """
-    settings = _check_measurement(images, seed, batch_size, steps, shift)
-    _check_size(image_size, model.patch_size)
-    mesh = meshes.local_layout().mesh
-    params = jax.device_put(params, meshes.replicated(mesh))
-    batch_size = meshes.round_up(min(batch_size, images), mesh)
-    key, run = jax.random.key(seed), _compiled(model, settings)
+    run = _compiled(model, Sampling(steps, shift=shift))
+    params = jax.device_put(params, meshes.replicated(meshes.local_layout().mesh))
     energy_2x64 = np.zeros((2, len(ZIGZAG_64x2)))
     with tqdm(total=images, unit="image", disable=None) as bar:
-        for start in range(0, images, batch_size):
-            indices = jax.device_put(np.arange(start, start + batch_size, dtype=np.int32), meshes.batch_sharding(mesh))
-            noise = image_noise(key, indices, (image_size, image_size, 3))
+        for indices, noise in noise_batches(images, seed, image_size, batch_size):
             energies_2xBx64 = np.asarray(run(params, noise, model.condition.cycle(indices)), np.float64)
-            drawn = min(batch_size, images - start)  # the rest fills up the last batch
-            energy_2x64 += energies_2xBx64[:, :drawn].sum(axis=1)
-            bar.update(drawn)
+            drawn = np.asarray(indices) < images
+            energy_2x64 += energies_2xBx64[:, drawn].sum(axis=1)
+            bar.update(drawn.sum())
     if not np.isfinite(energy_2x64).all():
         raise UsageError(f"With steps={steps} the network's output is not finite; its weights cannot be analysed.")
     blocks = [math.ceil(side / BLOCK) ** 2 for side in (image_size // model.patch_size, image_size)]
@@ -140,16 +134,10 @@ def spectra_to_folder(
         missing.
     """
     require_matplotlib()
-    folder = pathlib.Path(out).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--out={out} is a file.")
-    if not overwrite and any((folder / name).exists() for name in FILES):
-        raise UsageError(f"--out={out} already holds spectra; choose another folder or pass --overwrite.")
+    folder = check_folder(out, num, batch_size, seed, overwrite, "spectra.*", "spectra")
     sources = [checkpoint, *against]
     names = _names(sources)
     settings = [_settings(source, weights, steps, shift, image_size) for source in sources]
-    for chosen in settings:
-        _check_measurement(num, seed, batch_size, chosen["steps"], chosen["shift"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -172,15 +160,23 @@ def _settings(
     if is_weight_file(source):
         stored = open_networks(source)
         stored.weights(weights)
-        patch_size, known = model_config(stored).patch_size, (50, 1.0, 256)
+        p, known = model_config(stored).patch_size, {"steps": 50, "shift": 1.0, "image_size": 256}
     else:
         config = store.read_config(*store.find_checkpoint(source))
-        patch_size, known = config.model.patch_size, (config.sample.steps, config.sample.shift, config.data.image_size)
-    steps, shift, image_size = (
-        default if asked is None else asked for asked, default in zip((steps, shift, image_size), known, strict=True)
-    )
-    _check_size(image_size, patch_size, f"{source}: ")
-    return {"steps": steps, "shift": shift, "image_size": image_size}
+        p, sampler = config.model.patch_size, config.sample
+        known = {"steps": sampler.steps, "shift": sampler.shift, "image_size": config.data.image_size}
+    asked = {"steps": steps, "shift": shift, "image_size": image_size}
+    chosen = known | {name: value for name, value in asked.items() if value is not None}
+    Sampling(chosen["steps"], shift=chosen["shift"])
+    size = chosen["image_size"]
+    if size < 1 or size % p:
+        raise UsageError(f"{source}: image_size={size} must be a positive multiple of the network's patch size, {p}.")
+    if size < MIN_SIDE * p:
+        raise UsageError(
+            f"{source}: image_size={size} gives {size // p}×{size // p} tokens, too few for an 8×8 block; "
+            f"the smallest image_size that works is {MIN_SIDE * p}."
+        )
+    return chosen
 
 
 def _names(sources: Sequence[str]) -> list[str]:
@@ -191,26 +187,3 @@ def _names(sources: Sequence[str]) -> list[str]:
         raise UsageError(f"--against={twice} is given twice; every network is measured once.")
     depth = next(n for n in range(1, 1 + max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts))
     return ["/".join(p[-depth:]) for p in parts]
-
-
-def _check_measurement(images: int, seed: int, batch_size: int, steps: int, shift: float) -> Sampling:
-    """The sampler's settings, if everything is in range."""
-    for name, value in (("num", images), ("batch-size", batch_size)):
-        if value < 1:
-            raise UsageError(f"--{name}={value} must be at least 1.")
-    if not 0 <= seed < 2**32:
-        raise UsageError(f"--seed={seed} must be from 0 to 2³² − 1.")
-    return Sampling(steps, shift=shift)
-
-
-def _check_size(image_size: int, patch_size: int, where: str = "") -> None:
-    if image_size < 1 or image_size % patch_size:
-        raise UsageError(
-            f"{where}image_size={image_size} must be a positive multiple of the network's patch size, {patch_size}."
-        )
-    side = image_size // patch_size
-    if side < MIN_SIDE:
-        raise UsageError(
-            f"{where}image_size={image_size} gives {side}×{side} tokens, too few for an 8×8 block; "
-            f"the smallest image_size that works is {MIN_SIDE * patch_size}."
-        )

@@ -22,16 +22,9 @@ PARTS = {"transformer": "DiT output", "velocity": "Velocity"}  # properties of S
 PAPER = {"transformer": {"DeCo": 0.13, "baseline": 0.385}, "velocity": {"DeCo": 0.295, "baseline": 0.295}}
 
 
-def zigzag() -> np.ndarray:
-    """JPEG's order of the 64 coefficients, (64, 2): vertical and horizontal frequency of each (ITU-T T.81, figure A.6).
-
-    Diagonal after diagonal, from (0, 0) to (7, 7); odd diagonals run downwards, even ones upwards.
-    """
-    every = [(u, v) for u in range(BLOCK) for v in range(BLOCK)]
-    return np.array(sorted(every, key=lambda uv: (sum(uv), uv[0] if sum(uv) % 2 else uv[1])))
-
-
-ZIGZAG_64x2 = zigzag()
+# JPEG's order of the 64 coefficients, vertical and horizontal frequency of each (ITU-T T.81, figure A.6): diagonal
+# after diagonal, from (0, 0) to (7, 7); odd diagonals run downwards, even ones upwards.
+ZIGZAG_64x2 = np.array(sorted(np.ndindex(BLOCK, BLOCK), key=lambda uv: (sum(uv), uv[0] if sum(uv) % 2 else uv[1])))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,12 +79,10 @@ def write_spectra(out: pathlib.Path, spectra: dict[str, Spectra]) -> str:
 
     Args:
       out: a folder, made if missing; these files in it are replaced.
-      spectra: by the networks' names; `deco spectra` names the first with --checkpoint.
+      spectra: by the networks' names.
 
-    Raises:
-      UsageError: matplotlib is missing.
+    Needs matplotlib, see `require_matplotlib`.
     """
-    require_matplotlib()
     contents = (_to_json(spectra), _to_csv(spectra), _to_png(spectra))
     for name, content in zip(FILES, contents, strict=True):
         write_bytes(out / name, content)

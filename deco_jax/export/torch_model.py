@@ -50,19 +50,18 @@ class DeCo(nn.Module):
             raise ValueError("DeCo needs either num_classes or text_features, text_tokens and text_depth.")
         self.patch_size, self.head_dim, self.num_classes = patch_size, width // heads, num_classes
         self.text_shape = None if num_classes is not None else (text_tokens, text_features)
-        attention, mlp = (Attention, SwiGLU) if self.text_shape is None else (TextAttention, FusedSwiGLU)
+        text = self.text_shape is not None
         # The dicts only make the parameters' names those of the published checkpoints.
         self.x_embedder = nn.ModuleDict({"embedder": nn.Sequential(nn.Linear(3 + 64, decoder_width))})
         self.s_embedder = nn.ModuleDict({"proj": nn.Linear(3 * patch_size**2, width)})
         self.t_embedder = nn.ModuleDict({"mlp": mlp_of_two(256, width)})
-        if self.text_shape is None:
-            self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, width)})
-        else:
+        if text:
             self.y_embedder = nn.ModuleDict({"proj": nn.Linear(text_features, width), "norm": RMSNorm(width)})
             self.y_pos_embedding = nn.Parameter(torch.randn(1, text_tokens, width))
-            text_blocks = [Block(width, Attention(width, heads), mlp(width)) for _ in range(text_depth)]
-            self.text_refine_blocks = nn.ModuleList(text_blocks)
-        self.blocks = nn.ModuleList(Block(width, attention(width, heads), mlp(width)) for _ in range(depth))
+            self.text_refine_blocks = nn.ModuleList(Block(width, heads, fused=True) for _ in range(text_depth))
+        else:
+            self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, width)})
+        self.blocks = nn.ModuleList(Block(width, heads, fused=text, text=text) for _ in range(depth))
         self.dec_net = PixelDecoder(width, patch_size, decoder_width, decoder_depth)
 
     @property
@@ -131,7 +130,7 @@ class DeCo(nn.Module):
         s = self.s_embedder["proj"](patches)
         tau = self.t_embedder["mlp"](time_features(t).to(self.dtype))
         if self.text_shape is None:
-            c, context = F.silu(tau + self.y_embedder["embedding_table"](y)), ()
+            c, text = F.silu(tau + self.y_embedder["embedding_table"](y)), None
             angles = rotary_angles(rows, columns, self.head_dim, 16, 16, x.device)
             places = wave_features(p, x.device)
         else:
@@ -139,11 +138,10 @@ class DeCo(nn.Module):
             text = text + self.y_pos_embedding
             for block in self.text_refine_blocks:
                 text = block(text, c)
-            context = (text,)
             angles = rotary_angles(rows, columns, self.head_dim, rows, columns, x.device)
             places = torch.cos(rotary_angles(p, p, 128, p, p, x.device))
         for block in self.blocks:
-            s = block(s, c, angles, *context)
+            s = block(s, c, angles, text)
         s = F.silu(tau[:, None] + s)
 
         # The query is Linear([r, g, b, 64 features of the place]); the places' part is the same in every patch.
@@ -186,7 +184,11 @@ class DeCo(nn.Module):
         if steps < 1:
             raise ValueError(f"steps={steps} must be at least 1.")
         y = self._checked(torch.as_tensor(y, device=self.device))
-        y_and_null = None if guidance == 1 else torch.cat([y, self._null_like(y, null)])
+        if null is None and self.text_shape is None:
+            null = torch.tensor(self.num_classes)
+        if null is None and guidance != 1:
+            raise ValueError("guidance by text needs null=…, the encoder's output for the empty or negative prompt.")
+        y_and_null = None if guidance == 1 else torch.cat([y, null.to(y).expand_as(y)])
         if noise is None:
             if image_size is None:
                 raise ValueError("sample needs image_size=… or noise=….")
@@ -208,21 +210,13 @@ class DeCo(nn.Module):
         return x
 
     def _checked(self, y: Tensor) -> Tensor:
-        """The condition, if it is one that this network takes."""
+        """The condition, if this network takes it."""
         if self.text_shape is not None:
             if y.shape[1:] != self.text_shape:
                 raise ValueError(f"texts must have shape (B, *{self.text_shape}); got {tuple(y.shape)}.")
         elif y.ndim != 1 or y.is_floating_point() or ((y < 0) | (y > self.num_classes)).any():
             raise ValueError(f"labels must be (B,) integers up to {self.num_classes}, which is none; got {y.tolist()}.")
         return y
-
-    def _null_like(self, y: Tensor, null: Tensor | None) -> Tensor:
-        """What stands for no condition, shaped as the condition."""
-        if null is not None:
-            return null.to(y).expand_as(y)
-        if self.text_shape is None:
-            return torch.full_like(y, self.num_classes)
-        raise ValueError("guidance by text needs null=…, the encoder's output for the empty or negative prompt.")
 
 
 def infer_architecture(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -247,9 +241,11 @@ def infer_architecture(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     }
     if "y_embedder.embedding_table.weight" in tensors:
         return architecture | {"num_classes": size("y_embedder.embedding_table.weight") - 1}
-    text_tokens, text_features = size("y_pos_embedding", 1), size("y_embedder.proj.weight", 1)
-    text_depth = count("text_refine_blocks.")
-    return architecture | {"text_features": text_features, "text_tokens": text_tokens, "text_depth": text_depth}
+    return architecture | {
+        "text_features": size("y_embedder.proj.weight", 1),
+        "text_tokens": size("y_pos_embedding", 1),
+        "text_depth": count("text_refine_blocks."),
+    }
 
 
 class RMSNorm(nn.Module):
@@ -266,77 +262,57 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with RMS-normed queries and keys, rotated if there are angles."""
+    """Attention with RMS-normed queries and keys: of tokens, rotated if there are angles, and of text beside them."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, text: bool = False):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        if text:
+            self.qkv_x, self.kv_y = (nn.Linear(width, parts * width, bias=False) for parts in (3, 2))
+        else:
+            self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
-        """Tokens (B, N, D) and angles (N, e/2) → (B, N, D)."""
-        q, k, v = split_heads(self.qkv(x), 3, self.heads)
+    def forward(self, x: Tensor, angles: Tensor | None = None, text: Tensor | None = None) -> Tensor:
+        """Tokens (B, N, D), angles (N, e/2) and text (B, T, D) → (B, N, D)."""
+        q, k, v = split_heads((self.qkv if text is None else self.qkv_x)(x), 3, self.heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class TextAttention(nn.Module):
-    """Attention of image tokens to image and text tokens at once; only the image's are rotated."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv_x = nn.Linear(width, 3 * width, bias=False)
-        self.kv_y = nn.Linear(width, 2 * width, bias=False)
-        self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, angles: Tensor, text: Tensor) -> Tensor:
-        """Tokens (B, N, D), angles (N, e/2) and text (B, T, D) → (B, N, D)."""
-        q, k, v = split_heads(self.qkv_x(x), 3, self.heads)
-        text_k, text_v = split_heads(self.kv_y(text), 2, self.heads)
-        q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
-        k, v = torch.cat([k, self.k_norm(text_k)], 2), torch.cat([v, text_v], 2)
+        if text is not None:
+            text_k, text_v = split_heads(self.kv_y(text), 2, self.heads)
+            k, v = torch.cat([k, self.k_norm(text_k)], 2), torch.cat([v, text_v], 2)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
-    """w2(SiLU(w1 x)·(w3 x)) with ⅔·4D hidden channels."""
+    """w2(SiLU(w1 x)·(w3 x)) with ⅔·4D hidden channels; fused, w3(SiLU(a)·b) with [a, b] = w12 x and 4D of them."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, fused: bool):
         super().__init__()
-        hidden = int(2 * 4 * width / 3)
-        self.w1, self.w3 = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.fused, hidden = fused, 4 * width if fused else int(2 * 4 * width / 3)
+        if fused:
+            self.w12, self.w3 = nn.Linear(width, 2 * hidden, bias=False), nn.Linear(hidden, width, bias=False)
+        else:
+            self.w1, self.w3 = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+            self.w2 = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) → (B, N, D)."""
+        if self.fused:
+            a, b = self.w12(x).chunk(2, -1)
+            return self.w3(F.silu(a) * b)
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
-
-class FusedSwiGLU(nn.Module):
-    """w3(SiLU(a)·b) with [a, b] = w12 x and 4D hidden channels."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.w12, self.w3 = nn.Linear(width, 8 * width, bias=False), nn.Linear(4 * width, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) → (B, N, D)."""
-        a, b = self.w12(x).chunk(2, -1)
-        return self.w3(F.silu(a) * b)
 
 
 class Block(nn.Module):
     """s ← s + gate·attn(RMS(s)(1 + scale) + shift); s ← s + gate·mlp(RMS(s)(1 + scale) + shift)."""
 
-    def __init__(self, width: int, attn: nn.Module, mlp: nn.Module):
+    def __init__(self, width: int, heads: int, fused: bool, text: bool = False):
         super().__init__()
-        self.norm1, self.attn, self.norm2, self.mlp = RMSNorm(width), attn, RMSNorm(width), mlp
+        self.norm1, self.attn = RMSNorm(width), Attention(width, heads, text)
+        self.norm2, self.mlp = RMSNorm(width), SwiGLU(width, fused)
         self.adaLN_modulation = nn.Sequential(nn.Linear(width, 6 * width))
 
     def forward(self, s: Tensor, c: Tensor, *context: Tensor) -> Tensor:

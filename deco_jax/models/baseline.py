@@ -1,11 +1,10 @@
 """The baseline of the paper's comparisons: a Diffusion Transformer whose tokens become pixels by one linear layer."""
 
-import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from deco_jax.models.layers import Linear, from_patches, layer_norm, modulate
-from deco_jax.models.trunk import ClassConditional, to_velocity, trunk
+from deco_jax.models.layers import Linear, layer_norm, modulate
+from deco_jax.models.trunk import ClassConditional
 
 
 class BaselineDiT(ClassConditional, kw_only=True):
@@ -14,22 +13,13 @@ class BaselineDiT(ClassConditional, kw_only=True):
     v̂ = Linear(LN(s)(1 + scale) + shift) with (shift, scale) a linear function of SiLU(τ + label).
     """
 
-    @nn.compact
-    def __call__(
-        self, x_BxHxWx3: Array, t_B: Array, labels_B: Array, *, hidden_layer: int | None = None
-    ) -> Array | tuple[Array, Array]:
-        """Predicts the velocity v = image − noise. Arguments, results and errors are those of `DeCo`."""
-        _, height, width, _ = x_BxHxWx3.shape
-        p = self.patch_size
-        s, _, _, condition_BxD, hidden = trunk(self, x_BxHxWx3, t_B, labels_B, hidden_layer)
-
+    def decode(self, s_BxNxD: Array, pixels_BxNxPx3: Array, tau_BxD: Array, c_BxD: Array) -> Array:
+        """See `ClassConditional`."""
         modulation_Bx2xD = Linear(
             (2, self.width), ("width", None, "modulation"), "zeros", dtype=self.dtype, name="out_modulation"
-        )(condition_BxD)
+        )(c_BxD)
         shift, scale = modulation_Bx2xD[:, :1], modulation_Bx2xD[:, 1:]
-        s = modulate(layer_norm(None, self.dtype, "out_norm")(s), shift, scale)
+        s_BxNxD = modulate(layer_norm(None, self.dtype, "out_norm")(s_BxNxD), shift, scale)
         # Ordered channel first, as the patch vector at the input.
-        out_BxNx3xP = Linear((3, p * p), ("width", None, "pixels"), "zeros", dtype=self.dtype, name="out")(s)
-        out_BxHxWx3 = from_patches(out_BxNx3xP.swapaxes(-1, -2).astype(jnp.float32), height, width, p)
-        v_BxHxWx3 = to_velocity(self, out_BxHxWx3, x_BxHxWx3, t_B)
-        return v_BxHxWx3 if hidden_layer is None else (v_BxHxWx3, hidden)
+        out = Linear((3, self.patch_size**2), ("width", None, "pixels"), "zeros", dtype=self.dtype, name="out")
+        return out(s_BxNxD).swapaxes(-1, -2).astype(jnp.float32)

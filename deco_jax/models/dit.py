@@ -14,28 +14,29 @@ REMAT_POLICIES = {
 }
 
 
+def rematerialised(block: type[nn.Module], remat: str, prevent_cse: bool = True) -> type[nn.Module]:
+    """The block, of which the backward pass recomputes what `remat`, a key of REMAT_POLICIES, does not keep."""
+    return block if remat == "none" else nn.remat(block, prevent_cse=prevent_cse, policy=REMAT_POLICIES[remat])
+
+
 class Attention(nn.Module):
-    """Self-attention with RMS-normed, rotated queries and keys; scale 1/√e."""
+    """Self-attention, scale 1/√e; with angles, queries and keys are RMS-normed and rotated."""
 
     heads: int
     dtype: jnp.dtype
     implementation: str | None  # of jax.nn.dot_product_attention: None, "xla" or "cudnn"
+    use_bias: bool = False  # of queries, keys and values
 
     @nn.compact
-    def __call__(self, x_BxNxD: Array, angles_NxK: Array) -> Array:
+    def __call__(self, x_BxNxD: Array, angles_NxK: Array | None = None) -> Array:
         """Tokens (B, N, D) and their rotary angles (N, D/h/2) → (B, N, D)."""
         width = x_BxNxD.shape[-1]
-        head_dim = width // self.heads
-        qkv = Linear(
-            (3, self.heads, head_dim),
-            ("width", None, "heads", "head_dim"),
-            use_bias=False,
-            dtype=self.dtype,
-            name="qkv",
-        )(x_BxNxD)
+        features, axes = (3, self.heads, width // self.heads), ("width", None, "heads", "head_dim")
+        qkv = Linear(features, axes, use_bias=self.use_bias, dtype=self.dtype, name="qkv")(x_BxNxD)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        q = rotate(rms_norm("head_dim", self.dtype, "query_norm")(q), angles_NxK)
-        k = rotate(rms_norm("head_dim", self.dtype, "key_norm")(k), angles_NxK)
+        if angles_NxK is not None:
+            q = rotate(rms_norm("head_dim", self.dtype, "query_norm")(q), angles_NxK)
+            k = rotate(rms_norm("head_dim", self.dtype, "key_norm")(k), angles_NxK)
         out_BxNxHxE = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
         out_BxNxD = out_BxNxHxE.reshape(x_BxNxD.shape)
         return Linear(width, ("heads_out", "width"), dtype=self.dtype, name="out")(out_BxNxD)
@@ -109,9 +110,7 @@ class Transformer(nn.Module):
         self, s_BxNxD: Array, c_BxD: Array, angles_NxK: Array, hidden_layer: int | None = None
     ) -> tuple[Array, Array | None]:
         """Returns the tokens after the last block and, if asked, those after block `hidden_layer` (1 is the first)."""
-        block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, prevent_cse=not self.scan, policy=REMAT_POLICIES[self.remat])
+        block = rematerialised(Block, self.remat, prevent_cse=not self.scan)
         layers = nn.scan(
             _Layer,
             variable_axes={"params": 0},

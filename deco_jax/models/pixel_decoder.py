@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from deco_jax.models.dit import REMAT_POLICIES
+from deco_jax.models.dit import rematerialised
 from deco_jax.models.layers import Linear, from_patches, layer_norm, modulate, to_patches, uniform
 
 INTERACTIONS = ("adaln", "add")  # of a patch's token with the queries of its pixels
@@ -105,9 +105,7 @@ class PixelDecoder(nn.Module):
         )(tokens_BxNxD)
         if self.interaction == "add":
             q, condition = q + condition, None
-        block = ResidualBlock
-        if self.remat != "none":
-            block = nn.remat(ResidualBlock, policy=REMAT_POLICIES[self.remat])
+        block = rematerialised(ResidualBlock, self.remat)
         for i in range(self.depth):
             q = block(self.dtype, name=f"block_{i}")(q, condition)
         q = layer_norm(None, self.dtype, "norm")(q)

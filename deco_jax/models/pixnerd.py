@@ -4,10 +4,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
 
-from deco_jax.models.dit import REMAT_POLICIES
-from deco_jax.models.layers import Linear, from_patches, rms_norm
+from deco_jax.models.dit import rematerialised
+from deco_jax.models.layers import Linear, rms_norm
 from deco_jax.models.pixel_decoder import PixelQuery, pixel_position_features
-from deco_jax.models.trunk import ClassConditional, to_velocity, trunk
+from deco_jax.models.trunk import ClassConditional
 
 
 class PixNerd(ClassConditional, kw_only=True):
@@ -17,15 +17,9 @@ class PixNerd(ClassConditional, kw_only=True):
     decoder_depth: int  # blocks of the decoder
     decoder_expansion: int = 2  # m: a generated MLP has m·d hidden channels
 
-    @nn.compact
-    def __call__(
-        self, x_BxHxWx3: Array, t_B: Array, labels_B: Array, *, hidden_layer: int | None = None
-    ) -> Array | tuple[Array, Array]:
-        """Predicts the velocity v = image − noise. Arguments, results and errors are those of `DeCo`."""
-        _, height, width, _ = x_BxHxWx3.shape
-        s, pixels_BxNxPx3, tau_BxD, _, hidden = trunk(self, x_BxHxWx3, t_B, labels_B, hidden_layer)
-        s = nn.silu(tau_BxD[:, None, :] + s)
-        out_BxNxPx3 = FieldDecoder(
+    def decode(self, s_BxNxD: Array, pixels_BxNxPx3: Array, tau_BxD: Array, c_BxD: Array) -> Array:
+        """See `ClassConditional`."""
+        return FieldDecoder(
             self.decoder_width,
             self.decoder_depth,
             self.decoder_expansion,
@@ -33,9 +27,7 @@ class PixNerd(ClassConditional, kw_only=True):
             self.dtype,
             self.remat,
             name="decoder",
-        )(pixels_BxNxPx3, s)
-        v_BxHxWx3 = to_velocity(self, from_patches(out_BxNxPx3, height, width, self.patch_size), x_BxHxWx3, t_B)
-        return v_BxHxWx3 if hidden_layer is None else (v_BxHxWx3, hidden)
+        )(pixels_BxNxPx3, nn.silu(tau_BxD[:, None, :] + s_BxNxD))
 
 
 class FieldBlock(nn.Module):
@@ -72,9 +64,7 @@ class FieldDecoder(nn.Module):
         """pixels: noised RGB, patch by patch; tokens: the transformer's output. Returns fp32, shaped as pixels."""
         position_Px64 = jnp.asarray(pixel_position_features(self.patch_size))
         q = PixelQuery(self.width, self.dtype, name="query")(pixels_BxNxPx3, position_Px64)
-        block = FieldBlock
-        if self.remat != "none":
-            block = nn.remat(FieldBlock, policy=REMAT_POLICIES[self.remat])
+        block = rematerialised(FieldBlock, self.remat)
         for j in range(self.depth):
             q = block(self.expansion, self.dtype, name=f"block_{j}")(q, tokens_BxNxD)
         q = rms_norm("decoder_width", self.dtype, "norm")(q)

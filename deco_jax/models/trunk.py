@@ -1,6 +1,4 @@
-"""What all networks here share: from noised pixels to tokens (docs/model.md, 2.1 to 2.6), and what they return."""
-
-from typing import NamedTuple
+"""What do all networks here share? All but the way from tokens to pixels (docs/model.md, 2.1 to 2.6)."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,11 +8,11 @@ from deco_jax.conditions import ClassLabels
 from deco_jax.diffusion.flow import velocity_to
 from deco_jax.errors import UsageError
 from deco_jax.models.dit import Transformer
-from deco_jax.models.layers import LabelEmbedding, Linear, TimeEmbedding, rotary_angles, to_patches
+from deco_jax.models.layers import LabelEmbedding, Linear, TimeEmbedding, from_patches, rotary_angles, to_patches
 
 
 class ClassConditional(nn.Module, kw_only=True):
-    """The fields that every class-conditional network has."""
+    """A class-conditional network: embeddings and a transformer; each kind has its own `decode`."""
 
     num_classes: int  # labels run from 0 to num_classes − 1; num_classes itself is the null label
     patch_size: int  # p, pixels along a patch's side
@@ -32,53 +30,60 @@ class ClassConditional(nn.Module, kw_only=True):
         """What the network is told about the image."""
         return ClassLabels(self.num_classes)
 
+    @nn.compact
+    def __call__(
+        self, x_BxHxWx3: Array, t_B: Array, labels_B: Array, *, hidden_layer: int | None = None
+    ) -> Array | tuple[Array, Array]:
+        """Predicts the velocity v = image − noise.
 
-class Trunk(NamedTuple):
-    """What a decoder may need."""
+        Args:
+          x_BxHxWx3: noised RGB images, in [-1, 1] at t = 1; H and W are multiples of the patch size.
+          t_B: times, 0 = noise, 1 = data.
+          labels_B: integers in [0, num_classes]; num_classes is the null label.
+          hidden_layer: also return the tokens after this block (1 is the first), for representation alignment.
 
-    tokens_BxNxD: Array  # after the last block
-    pixels_BxNxPx3: Array  # the noised image, patch by patch
-    tau_BxD: Array  # τ, embedding of the time
-    condition_BxD: Array  # SiLU(τ + label)
-    hidden_BxNxD: Array | None  # tokens after the block that was asked for
+        Returns:
+          v̂ (B, H, W, 3), fp32; with `hidden_layer`, (v̂, tokens (B, N, D) in `dtype`).
 
+        Raises:
+          UsageError: an image side is no multiple of the patch size, or there is no such block.
+        """
+        _, height, width, _ = x_BxHxWx3.shape
+        p, depth = self.patch_size, self.depth
+        _check_sides(height, width, p)
+        if hidden_layer is not None and not 1 <= hidden_layer <= depth:
+            raise UsageError(f"hidden_layer={hidden_layer} does not exist; model.depth={depth} allows 1 to {depth}.")
 
-def trunk(network: ClassConditional, x_BxHxWx3: Array, t_B: Array, labels_B: Array, hidden_layer: int | None) -> Trunk:
-    """Embeds patches, time and label, and runs the transformer. To be called in `network`'s own compact method.
+        pixels_BxNxPx3 = to_patches(x_BxHxWx3, p)
+        # The patch vector is ordered channel first: c·p² + i·p + j.
+        patch_BxNx3P = pixels_BxNxPx3.swapaxes(-1, -2).reshape(*pixels_BxNxPx3.shape[:2], -1)
+        s = Linear(self.width, ("patch", "width"), "xavier", dtype=self.dtype, name="patch_embedding")(patch_BxNx3P)
+        s = nn.with_logical_constraint(s, ("batch", "tokens", "activation_width"))
 
-    Raises:
-      UsageError: an image side is no multiple of the patch size, or there is no block `hidden_layer`.
-    """
-    n, p = network, network.patch_size
-    _, height, width, _ = x_BxHxWx3.shape
-    _check_sides(height, width, p)
-    if hidden_layer is not None and not 1 <= hidden_layer <= n.depth:
-        raise UsageError(f"hidden_layer={hidden_layer} does not exist; model.depth={n.depth} allows 1 to {n.depth}.")
+        tau_BxD = TimeEmbedding(self.width, self.dtype, name="time_embedding")(t_B)
+        label_BxD = LabelEmbedding(self.num_classes, self.width, self.dtype, name="label_embedding")(labels_B)
+        c_BxD = nn.with_logical_constraint(nn.silu(tau_BxD + label_BxD), ("batch", "activation_width"))
+        angles_NxK = rotary_angles(height // p, width // p, self.width // self.heads)
+        s, hidden = Transformer(
+            depth, self.heads, self.dtype, self.attention, self.remat, self.scan, name="transformer"
+        )(s, c_BxD, jnp.asarray(angles_NxK), hidden_layer)
 
-    pixels_BxNxPx3 = to_patches(x_BxHxWx3, p)
-    # The patch vector is ordered channel first: c·p² + i·p + j.
-    patch_BxNx3P = pixels_BxNxPx3.swapaxes(-1, -2).reshape(*pixels_BxNxPx3.shape[:2], -1)
-    s = Linear(n.width, ("patch", "width"), "xavier", dtype=n.dtype, name="patch_embedding")(patch_BxNx3P)
-    s = nn.with_logical_constraint(s, ("batch", "tokens", "activation_width"))
+        out_BxHxWx3 = from_patches(self.decode(s, pixels_BxNxPx3, tau_BxD, c_BxD), height, width, p)
+        if self.prediction == "image":  # converted here: no solver, guidance or loss can mistake one for the other
+            out_BxHxWx3 = velocity_to(out_BxHxWx3, x_BxHxWx3, t_B)
+        v_BxHxWx3 = nn.with_logical_constraint(out_BxHxWx3, ("batch", None, None, None))
+        return v_BxHxWx3 if hidden_layer is None else (v_BxHxWx3, hidden)
 
-    tau_BxD = TimeEmbedding(n.width, n.dtype, name="time_embedding")(t_B)
-    label_BxD = LabelEmbedding(n.num_classes, n.width, n.dtype, name="label_embedding")(labels_B)
-    condition_BxD = nn.with_logical_constraint(nn.silu(tau_BxD + label_BxD), ("batch", "activation_width"))
-    angles_NxK = rotary_angles(height // p, width // p, n.width // n.heads)
-    s, hidden = Transformer(n.depth, n.heads, n.dtype, n.attention, n.remat, n.scan, name="transformer")(
-        s, condition_BxD, jnp.asarray(angles_NxK), hidden_layer
-    )
-    return Trunk(s, pixels_BxNxPx3, tau_BxD, condition_BxD, hidden)
+    def decode(self, s_BxNxD: Array, pixels_BxNxPx3: Array, tau_BxD: Array, c_BxD: Array) -> Array:
+        """Tokens → what the last layer puts out, patch by patch: (B, N, p², 3), fp32. Called while compact.
 
-
-def to_velocity(network: ClassConditional, out_BxHxWx3: Array, x_BxHxWx3: Array, t_B: Array) -> Array:
-    """The velocity that `network` returns: its last layer's output, converted if that is an image.
-
-    As the network itself converts, no solver, guidance or loss can mistake one for the other.
-    """
-    if network.prediction == "image":
-        out_BxHxWx3 = velocity_to(out_BxHxWx3, x_BxHxWx3, t_B)
-    return nn.with_logical_constraint(out_BxHxWx3, ("batch", None, None, None))
+        Args:
+          s_BxNxD: after the last block.
+          pixels_BxNxPx3: of the noised image.
+          tau_BxD: τ, embedding of the time.
+          c_BxD: SiLU(τ + label).
+        """
+        raise NotImplementedError
 
 
 def _check_sides(height: int, width: int, patch_size: int) -> None:

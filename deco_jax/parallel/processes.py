@@ -148,12 +148,9 @@ def agree(check: Callable[[], T]) -> T:
         result = check()
     except UsageError as error:
         message = str(error)
-    messages = _allgather(message)
-    if message:
-        raise AgreedError(message)
-    for index, other in enumerate(messages):
-        if other:
-            raise AgreedError(f"process {index} stopped: {other}")
+    for index, other in enumerate(_allgather(message)):
+        if message or other:
+            raise AgreedError(message or f"process {index} stopped: {other}")
     return result
 
 

@@ -47,7 +47,6 @@ class Cost:
 
     hbm_bytes: float  # read and written
     collectives: list[Collective]  # most sent first
-    arrays: dict[str, tuple[float, str]]  # shape → (bytes, where it comes from), largest first
 
 
 def read(text: str) -> Cost:
@@ -56,28 +55,17 @@ def read(text: str) -> Cost:
     Raises:
       TextError: something in it is not understood.
     """
+    traffic, times = 0.0, collections.Counter()
     try:
-        return _cost(_Program(text))
+        program = _Program(text)
+        for instruction, within, turns in program.walk(program.entry, 1):
+            traffic += turns * program.traffic(instruction, within)
+            for collective in program.collectives(instruction, within):
+                times[collective] += turns
     except KeyError as error:
         raise TextError(f"an instruction uses {error}, which its computation does not have.") from error
-
-
-def _cost(program: "_Program") -> Cost:
-    traffic, times, arrays = 0.0, collections.Counter(), {}
-    for instruction, within, turns in program.walk(program.entry, 1):
-        traffic += turns * program.traffic(instruction, within)
-        for collective in program.collectives(instruction, within):
-            times[collective] += turns
-        if instruction.opcode not in _FREE or (instruction.opcode == "parameter" and within is program.entry):
-            origin = instruction.find(r'op_name="([^"]*)"')
-            shapes = [shape for shape in _results(instruction) if shape.hbm]
-            arrays |= {str(shape): (shape.hbm, origin) for shape in shapes if origin or str(shape) not in arrays}
     found = [dataclasses.replace(collective, times=n) for collective, n in times.items()]
-    return Cost(
-        hbm_bytes=traffic,
-        collectives=sorted(found, key=lambda c: -c.wire_bytes),
-        arrays=dict(sorted(arrays.items(), key=lambda item: -item[1][0])),
-    )
+    return Cost(traffic, sorted(found, key=lambda c: -c.wire_bytes))
 
 
 class _Program:
@@ -105,8 +93,7 @@ class _Program:
         for instruction in within.values():
             yield instruction, within, times
             if instruction.opcode == "conditional":
-                names = instruction.find(r"branch_computations=\{([^}]*)\}")
-                names = names or instruction.find(r"(true_computation=%?[\w.-]+, false_computation=%?[\w.-]+)")
+                names = instruction.find(r"(branch_computations=\{[^}]*|true_computation=\S+ false_computation=\S+)")
                 names = [name for name in re.findall(r"[\w.-]+", names) if name in self.computations]
                 if not names:
                     raise TextError(f"the branches of {instruction.name} are not known: {instruction.attributes[:300]}")
@@ -242,9 +229,7 @@ def _source(value: Instruction, within: Computation, through: set[str] = _NAMES)
 
 def _constant(name: str, within: Computation) -> int | None:
     """The integer that a value is known to be."""
-    value = within[name]
-    if value.opcode == "copy":
-        return _constant(value.operands[0], within)
+    value = _source(within[name], within, {"copy"})
     return int(value.text) if value.opcode == "constant" and value.text.lstrip("-").isdigit() else None
 
 
@@ -261,7 +246,8 @@ def _results(instruction: Instruction) -> Sequence[Shape]:
 
 def _group_size(attributes: str) -> int:
     """Devices in a collective's group; the text has several ways of writing groups."""
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+    # One by one, as `send` names slices as well.
+    if found := re.search(r'(?:replica_groups=\{|_xla_megascale_target=")\{([\d,]+)\}', attributes):
         return found[1].count(",") + 1
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=", attributes):
         return int(found[1].split(",")[-1])
@@ -271,8 +257,6 @@ def _group_size(attributes: str) -> int:
         axes = [re.fullmatch(r"'(\w+)'(?::\(\d+\)(\d+))?", axis) for axis in found[2].split(",")]
         if all(axes):
             return math.prod(int(axis[2] or sizes[axis[1]]) for axis in axes)
-    if found := re.search(r'_xla_megascale_target="\{([\d,]+)\}', attributes):
-        return found[1].count(",") + 1
     if found := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", attributes):
         return len(set(re.findall(r"\d+", found[1])))
     raise TextError(f"groups of an unknown form: {attributes.strip(', ')[:300]}")

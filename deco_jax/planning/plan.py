@@ -129,7 +129,7 @@ class Program:
     def __init__(self, config: ConfigDict, layout: Layout, topology: Topology, sampler: bool):
         check_devices(config, layout.mesh)
         self.config, self.layout, self.topology, self.sampler = config, layout, topology, sampler
-        self.name = "sampler" if sampler else "train step"
+        self.name, self.settings = "sampler" if sampler else "train step", Sampling.from_config(config.sample)
         self.per_device = config.data.batch_size // meshes.batch_devices(layout.mesh)  # that splits the batch
         live = config.loss.alignment_weight and not config.teacher.stored and not sampler
         self.train_step: TrainStep = make_train_step(config, [default_teacher(config)] if live else [])
@@ -169,7 +169,7 @@ class Program:
         arguments, state = self.arguments, self.state  # made before the mesh is set: nothing can run on its devices
         with meshes.use_mesh(self.layout):
             if self.sampler:
-                run = compiled_sampler(self.train_step.network, Sampling.from_config(self.config.sample))
+                run = compiled_sampler(self.train_step.network, self.settings)
                 return run.lower(arguments["ema"], *arguments["batch"])
             frozen = {frozen.name: arguments[frozen.name] for frozen in self.train_step.frozen}
             return jit_step(self.train_step, state, self.layout).lower(state, *arguments["batch"], frozen)
@@ -180,8 +180,7 @@ class Program:
         forward = forward_flops(network, side, side)
         images = self.config.data.batch_size / self.layout.mesh.size
         if self.sampler:
-            settings = Sampling.from_config(self.config.sample)
-            return (images * forward * (settings.steps + int(settings.guided_steps.sum())),) * 2
+            return (images * forward * (self.settings.steps + int(self.settings.guided_steps.sum())),) * 2
         blocks = forward - forward_flops(network.clone(depth=0), side, side)
         attention = network.depth * 4 * (side // network.patch_size) ** 4 * network.width
         again = {"none": 0.0, "dots": attention, "full": blocks}[network.remat]
@@ -232,10 +231,8 @@ def analyse(program: Program) -> Report:
         sums = kinds.setdefault(c.kind, {"times": 0, "bytes": 0.0, "wire_bytes": 0.0})
         for name, value in (("times", c.times), ("bytes", c.times * c.bytes), ("wire_bytes", c.wire_bytes)):
             sums[name] += value
-    largest = found.collectives[:12]
+    largest = found.collectives[:6]
     report["largest_collectives"] = [dataclasses.asdict(c) | {"wire_bytes": c.wire_bytes} for c in largest]
-    arrays = [{"shape": shape, "bytes": size, "op_name": name} for shape, (size, name) in found.arrays.items()]
-    report["buffers"] = arrays[:8]
     report["roofline"] = _roofline(accelerator, report) if accelerator else None
     return report
 

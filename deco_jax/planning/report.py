@@ -38,10 +38,6 @@ def _lines(r: Report) -> Iterator[str]:
         yield from _network(r)
         yield ""
         yield from _roofline(r)
-        yield ""
-        yield "Largest arrays"
-        for array in r["buffers"]:
-            yield f"  {_binary(array['bytes']):>10}  {array['shape']:28} {_where(array['op_name'])}".rstrip()
     if "fit" in r:
         batch, step = r["fit"]["per_device_batch"], r["fit"]["step"]
         yield ""
@@ -75,7 +71,7 @@ def _network(r: Report) -> Iterator[str]:
         yield f"  {_decimal(kind['wire_bytes']):>10}  {name}, {kind['times']:,}{note}"
     if kinds:
         yield "  most of it, with the times in one run of the program:"
-    for c in r["largest_collectives"][:6]:
+    for c in r["largest_collectives"]:
         what = f"{c['kind']} of {c['shape']} ({_decimal(c['bytes'])}) × {c['times']}"
         yield f"  {_decimal(c['wire_bytes']):>10}  {what:64} {_where(c['op_name'])}".rstrip()
 

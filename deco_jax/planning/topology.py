@@ -1,5 +1,6 @@
 """Which hardware, that is not here, does `--topology` name? Devices that stand for it."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -17,7 +18,8 @@ from deco_jax.parallel.hardware import ACCELERATORS, Accelerator
 PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # slices of TPUs wired in two dimensions
 SIDES = {2, *range(4, 25, 4)}  # of those wired in three; a single host, 2x2x1, is allowed as well
 NODE = 8  # GPUs that NVLink connects
-COMPILERS = {"tpu": ("libtpu", "tpu"), "gpu": ("jax-cuda13-plugin", "plan-gpu")}  # (package, extra that brings it)
+# (package, extra that brings it)
+COMPILERS = {"tpu": ("libtpu", "tpu"), "gpu": ("jax-cuda13-plugin", "plan-gpu"), "cpu": ("", "")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Topology:
     @property
     def compiler(self) -> str:
         """What compiles for it, and its version."""
-        package, _ = COMPILERS.get(self.platform, ("", ""))
+        package, _ = COMPILERS[self.platform]
         return f"{package} {importlib.metadata.version(package)}" if package else "XLA for CPUs"
 
 
@@ -73,7 +75,7 @@ def make_devices(topology: Topology) -> Sequence[Any]:
       UsageError: the compiler is not installed, or this process has fewer simulated devices already.
     """
     kind, _, size = topology.name.partition(":")
-    package, extra = COMPILERS.get(topology.platform, ("", ""))
+    package, extra = COMPILERS[topology.platform]
     if package and importlib.util.find_spec(package.replace("-", "_")) is None:
         raise UsageError(
             f"--topology={topology.name} needs {package}, which compiles for {topology.platform.upper()}s on any Linux "
@@ -99,13 +101,10 @@ def make_devices(topology: Topology) -> Sequence[Any]:
         target = _gpu_target(topology.accelerator)
         return topologies.get_topology_desc("", "cuda", topology=shape, target_config=target).devices
     number = int(size) * topology.slices
-    try:
+    with contextlib.suppress(RuntimeError):  # the backend has started: a program calls this, not the command line
         jax.config.update("jax_num_cpu_devices", number)
-    except RuntimeError as error:  # the backend has started: a program calls this, not the command line
-        if len(jax.devices("cpu")) < number:
-            raise UsageError(
-                f"--topology={topology.name}: this process has {len(jax.devices('cpu'))} simulated devices."
-            ) from error
+    if (there := len(jax.devices("cpu"))) < number:
+        raise UsageError(f"--topology={topology.name}: this process has {there} simulated devices.")
     return jax.devices("cpu")[:number]
 
 

@@ -4,11 +4,9 @@ import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from deco_jax.pretrained.infer import ARCHITECTURES
-from deco_jax.weights import translate
 
 
 @dataclasses.dataclass
@@ -31,14 +29,15 @@ class Bundle:
         """Names of the network's parameters."""
         return ARCHITECTURES[self.config.model.kind][0]
 
-    def tensors(self, which: str) -> dict[str, np.ndarray]:
-        """The "ema" or "online" weights under PyTorch's names, in the order of PyTorch's modules."""
-        return translate.to_torch(self.table, self.ema if which == "ema" else self.online)
+    @property
+    def weights(self) -> str:
+        """ "ema", or "online" if that is all there is."""
+        return "online" if self.ema is None else "ema"
 
     @property
     def parameters(self) -> int:
         """How many the network has."""
-        return sum(x.size for x in jax.tree.leaves(self.online if self.ema is None else self.ema))
+        return sum(x.size for x in jax.tree.leaves(getattr(self, self.weights)))
 
     def __str__(self) -> str:
         model = self.config.model

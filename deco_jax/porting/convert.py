@@ -1,12 +1,12 @@
 """`deco convert`: how do readable weights become a checkpoint, safetensors, a `.ckpt` or a Hugging Face folder?"""
 
-import functools
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -25,7 +25,6 @@ from deco_jax.version import __version__
 
 # What is in the folders that are written here.
 CONVERTED = {store.FOLDER, "config.json", "model.safetensors", "README.md", *diffusers_files(0)} | {"transformer"}
-FORMATS = ("checkpoint", "safetensors", "ckpt", "huggingface")
 
 
 def convert(
@@ -45,7 +44,7 @@ def convert(
     Args:
       source: see `load_pretrained`.
       target: a file or folder.
-      kind: one of FORMATS; as the target's ending says unless given, a checkpoint for a folder.
+      kind: one of WRITERS; as the target's ending says unless given, a checkpoint for a folder.
       weights: which of the two a safetensors file or Hugging Face folder gets: ema or online.
       train_state: carry the optimiser's moments, the step and the projector as well, so that training goes on.
       projector: with train_state; False leaves it out, for training on without representation alignment.
@@ -60,8 +59,8 @@ def convert(
         raise UsageError(f"{target} is no path; write to a local disk or a mounted bucket.")
     path = pathlib.Path(target).expanduser().resolve()
     kind = kind or {".safetensors": "safetensors", ".ckpt": "ckpt"}.get(path.suffix, "checkpoint")
-    if kind not in FORMATS:
-        raise UsageError(f"--format={kind} is not known; allowed: {', '.join(FORMATS)}.")
+    if kind not in WRITERS:
+        raise UsageError(f"--format={kind} is not known; allowed: {', '.join(WRITERS)}.")
     if weights not in ("ema", "online"):
         raise UsageError(f"--weights={weights} is not known; allowed: ema, online.")
     if train_state and kind not in ("checkpoint", "ckpt"):
@@ -77,14 +76,8 @@ def convert(
         folder.check_known_to_pytorch(bundle)
     if image_size is not None:
         bundle.config.data.image_size = image_size
-    write = {
-        "checkpoint": write_checkpoint,
-        "safetensors": functools.partial(folder.write_safetensors, weights=weights),
-        "ckpt": moments.write_ckpt,
-        "huggingface": functools.partial(folder.write_folder, weights=weights),
-    }[kind]
     with write_beside(path) as draft:
-        write(bundle, draft)
+        WRITERS[kind](bundle, draft)
     print(f"{target}: {kind}, {bundle}.")
 
 
@@ -104,16 +97,11 @@ def _check_target(path: pathlib.Path, target: str, source: pathlib.Path, force: 
 
 
 def read(
-    source: str, wanted: Iterable[str], train_state: bool, projector: bool, prediction: str | None = None
+    source: str, wanted: Collection[str], train_state: bool, projector: bool, prediction: str | None = None
 ) -> Bundle:
     """Reads a source of any kind; see `convert`."""
-    reader = _read_weight_file if networks.is_weight_file(source) else _read_checkpoint
-    return reader(source, wanted, train_state, projector, prediction)
-
-
-def _read_weight_file(
-    source: str, wanted: Iterable[str], train_state: bool, projector: bool, prediction: str | None
-) -> Bundle:
+    if not networks.is_weight_file(source):
+        return _read_checkpoint(source, wanted, train_state, projector, prediction)
     stored = networks.open_networks(source, prediction)
     config, said = default_config(), stored.file.config
     if isinstance(said.get("training"), dict):  # a folder of ours
@@ -146,7 +134,7 @@ def _step(stored: networks.Stored) -> int:
 
 
 def _read_checkpoint(
-    source: str, wanted: Iterable[str], train_state: bool, projector: bool, prediction: str | None
+    source: str, wanted: Collection[str], train_state: bool, projector: bool, prediction: str | None
 ) -> Bundle:
     where, step = store.find_checkpoint(source)
     meta = store.read_meta(where, step)
@@ -156,24 +144,22 @@ def _read_checkpoint(
     if train_state and meta.get("weights_only"):
         raise UsageError(f"{source} holds weights only; convert it without --train-state.")
     abstract = abstract_on_host(config)
-    asked: dict[str, Any] = {}
-    if "ema" in wanted:
-        asked["ema"] = abstract.ema
-    if "online" in wanted or train_state:
-        asked["params"] = abstract.params if train_state else {"network": abstract.params["network"]}
+    asked = {"ema": abstract.ema} if "ema" in wanted else {}
     if train_state:
-        asked["opt_state"] = abstract.opt_state
+        asked |= {"params": abstract.params, "opt_state": abstract.opt_state}
+    elif "online" in wanted:
+        asked["params"] = {"network": abstract.params["network"]}
     part = jax.tree.map(np.asarray, store.restore_part(where, step, asked))
-    bundle = Bundle(config, origin=source, step=step, ema=part.get("ema"))
+    params = part.get("params", {})
+    bundle = Bundle(config, origin=source, step=step, ema=part.get("ema"), online=params.get("network"))
     bundle.fingerprint, bundle.decisive = meta["fingerprint"] or None, tuple(meta.get("decisive", ()))
     bundle.frozen = store.frozen_digests(meta) if projector else {}
-    bundle.online = part["params"]["network"] if "params" in part else None
     if train_state:
-        adam = moments.adam_state(part["opt_state"])
+        adam = optax.tree_utils.tree_get(part["opt_state"], "ScaleByAdamState")
         keep = ("network", "projector") if projector else ("network",)
         mu, nu = ({name: tree[name] for name in keep if name in tree} for tree in (adam.mu, adam.nu))
         bundle.moments = int(adam.count), mu, nu
-        bundle.projector = part["params"].get("projector") if projector else None
+        bundle.projector = params.get("projector") if projector else None
     return bundle
 
 
@@ -194,7 +180,8 @@ def write_checkpoint(bundle: Bundle, path: pathlib.Path) -> None:
         if bundle.projector is None:
             config.loss.alignment_weight = 0.0
         count, mu, nu = bundle.moments
-        optimizer = moments.fill(abstract_on_host(config).opt_state, count, mu, nu)
+        empty = abstract_on_host(config).opt_state  # whose counters all count the updates
+        optimizer = optax.tree_utils.tree_set(empty, count=np.int32(count), mu=mu, nu=nu)
         skipped = np.int32(max(bundle.step - count, 0))  # steps that updated nothing
         state = TrainState(np.int32(bundle.step), params, bundle.ema, optimizer, skipped, np.int32(0))
     meta = store.make_meta(config, bundle.fingerprint or "", bundle.parameters, __version__, bundle.frozen)
@@ -211,3 +198,11 @@ def write_checkpoint(bundle: Bundle, path: pathlib.Path) -> None:
 def _bar(what: str) -> Callable[[Iterable], Iterable]:
     """Shows how many tensors are read."""
     return lambda places: tqdm(places, desc=what, unit="tensor", disable=None)
+
+
+WRITERS = {
+    "checkpoint": write_checkpoint,
+    "safetensors": folder.write_safetensors,
+    "ckpt": moments.write_ckpt,
+    "huggingface": folder.write_folder,
+}

@@ -7,7 +7,6 @@ import os
 import pathlib
 from typing import Any
 
-import numpy as np
 from safetensors.numpy import save_file
 
 from deco_jax.checkpoints import store
@@ -18,6 +17,7 @@ from deco_jax.models.build import network_fields
 from deco_jax.porting.bundle import Bundle
 from deco_jax.sampling.settings import Sampling
 from deco_jax.version import __version__
+from deco_jax.weights import translate
 
 # Fields of a DeCo that PyTorch's (torch_model.py) has no arguments for: this is what it computes.
 IN_PYTORCH = {"prediction": "velocity", "decoder_patch": 1, "decoder_interaction": "adaln"}
@@ -34,8 +34,8 @@ def check_known_to_pytorch(bundle: Bundle) -> None:
         )
 
 
-def write_safetensors(bundle: Bundle, path: pathlib.Path, weights: str) -> None:
-    """One set of weights under upstream's names; the metadata says which network they make.
+def write_safetensors(bundle: Bundle, path: pathlib.Path) -> None:
+    """The one set of weights under upstream's names; the metadata says which network they make.
 
     "architecture": its sizes, JSON; "prediction": velocity or image; "weights": ema or online; "step".
     """
@@ -43,10 +43,10 @@ def write_safetensors(bundle: Bundle, path: pathlib.Path, weights: str) -> None:
         "format": "pt",
         "architecture": json.dumps(architecture(bundle)),
         "prediction": bundle.config.model.prediction,
-        "weights": weights,
+        "weights": bundle.weights,
         "step": str(bundle.step),
     }
-    save_file({name: np.ascontiguousarray(x) for name, x in bundle.tensors(weights).items()}, path, metadata)
+    save_file(translate.to_torch(bundle.table, getattr(bundle, bundle.weights)), path, metadata)
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)  # the library lets only the owner read it
@@ -62,16 +62,16 @@ def architecture(bundle: Bundle) -> dict[str, Any]:
     return {field: model[field] for field in ("kind", *network_fields(model.kind)) if model[field] != known.get(field)}
 
 
-def write_folder(bundle: Bundle, path: pathlib.Path, weights: str) -> None:
+def write_folder(bundle: Bundle, path: pathlib.Path) -> None:
     """config.json, model.safetensors, README.md, and what diffusers needs to sample if PyTorch's DeCo can."""
     path.mkdir()
-    write_safetensors(bundle, path / "model.safetensors", weights)
+    write_safetensors(bundle, path / "model.safetensors")
     c, saved = bundle.config, save_config(bundle.config)
     config = {
         **architecture(bundle),
         "prediction": c.model.prediction,
         "image_size": c.data.image_size,
-        "weights": weights,
+        "weights": bundle.weights,
         "step": bundle.step,
         "deco_jax_version": __version__,
         "sampling": dataclasses.asdict(Sampling.from_config(c.sample)),
@@ -79,7 +79,7 @@ def write_folder(bundle: Bundle, path: pathlib.Path, weights: str) -> None:
         "config_version": saved["config_version"],
     }
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (path / "README.md").write_text(model_card(bundle, weights))
+    (path / "README.md").write_text(model_card(bundle))
     for name, text in (diffusers_files(c.data.image_size) if _runs_in_pytorch(bundle) else {}).items():
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text(text)
@@ -91,7 +91,7 @@ def _runs_in_pytorch(bundle: Bundle) -> bool:
     return model.kind == "deco" and all(model[field] == value for field, value in IN_PYTORCH.items())
 
 
-def model_card(bundle: Bundle, weights: str) -> str:
+def model_card(bundle: Bundle) -> str:
     """README.md of an exported folder: architecture, training and what was measured, as far as the source says."""
     c, m = bundle.config, bundle.config.model
     table = [
@@ -100,7 +100,7 @@ def model_card(bundle: Bundle, weights: str) -> str:
         ("predicts", m.prediction),
         ("classes", f"{m.num_classes}, and the null class"),
         ("parameters", f"{bundle.parameters:,}"),
-        ("weights", f"{weights} (fp32), step {bundle.step:,}"),
+        ("weights", f"{bundle.weights} (fp32), step {bundle.step:,}"),
     ]
     run = [
         ("data", f"{c.data.source} {c.data.name if c.data.source == 'tfds' else ''}".strip()),

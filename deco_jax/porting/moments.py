@@ -1,40 +1,16 @@
 """How does AdamW's state go between PyTorch's numbered parameters and optax's trees, and into a `.ckpt`?"""
 
+import itertools
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
-import optax
 
 from deco_jax.errors import UsageError
 from deco_jax.porting.bundle import Bundle
 from deco_jax.pretrained import names, networks
 from deco_jax.weights import translate
-
-
-def adam_state(opt_state: Any) -> optax.ScaleByAdamState:
-    """The one state of Adam in an optimiser's."""
-    leaves = jax.tree.leaves(opt_state, is_leaf=_is_adam)
-    return next(leaf for leaf in leaves if _is_adam(leaf))
-
-
-def fill(opt_state: Any, count: int, mu: Any, nu: Any) -> Any:
-    """An optimiser's state (shapes will do) with these moments after `count` updates; other counters follow."""
-    count = np.int32(count)
-
-    def replace(leaf: Any) -> Any:
-        if _is_adam(leaf):
-            return optax.ScaleByAdamState(count, mu, nu)
-        if leaf.shape == () and np.issubdtype(leaf.dtype, np.integer):
-            return count  # the learning rate's schedule counts updates as well
-        raise TypeError(f"an optimiser state of shape {leaf.shape} is not known here")
-
-    return jax.tree.map(replace, opt_state, is_leaf=_is_adam)
-
-
-def _is_adam(leaf: Any) -> bool:
-    return isinstance(leaf, optax.ScaleByAdamState)
+from deco_jax.weights.tensors import Tensor
 
 
 def read(stored: networks.Stored, bundle: Bundle) -> None:
@@ -52,6 +28,8 @@ def read(stored: networks.Stored, bundle: Bundle) -> None:
         state = {number: state[number] for number in order}
         steps = {int(np.asarray(entry["step"])) for entry in state.values()}
         moments = [[state[number][key] for number in order] for key in ("exp_avg", "exp_avg_sq")]
+        if not all(isinstance(moment, Tensor) for moment in itertools.chain(*moments)):
+            raise TypeError("moments that are no tensors")
         group, bundle.step = groups[0], int(stored.file.rest["global_step"])
         settings = {key: float(group[key]) for key in ("lr", "eps", "weight_decay")}
         settings |= {"beta1": float(group["betas"][0]), "beta2": float(group["betas"][1])}
@@ -63,9 +41,8 @@ def read(stored: networks.Stored, bundle: Bundle) -> None:
             f"the projector have {len(online)} + {len(projector)}, and all must have seen as many updates."
         )
     trees = []
-    like = bundle.online
     for tensors in moments:
-        tree = {"network": translate.from_torch(stored.table, dict(zip(online, tensors, strict=False)), like)}
+        tree = {"network": translate.from_torch(stored.table, dict(zip(online, tensors, strict=False)), bundle.online)}
         if bundle.projector is not None:
             rest = dict(zip(projector, tensors[len(online) :], strict=True))
             tree["projector"] = translate.from_torch(names.PROJECTOR, rest, bundle.projector)

@@ -72,9 +72,7 @@ def prepare_teacher(config: ConfigDict, out: str, batch_size: int) -> None:
 def _open(config: ConfigDict, out: str, batch_size: int) -> tuple[Source, FrozenWeights, Contents]:
     if batch_size < 1:
         raise UsageError(f"--batch-size={batch_size} must be at least 1.")
-    folder = pathlib.Path(out).expanduser()
-    if "://" in out or (folder.exists() and not folder.is_dir()):
-        raise UsageError(f"--out={out} is no folder. A bucket must be mounted (with gcsfuse, say).")
+    storage.local_folder("--out", out)
     teachers.check_grids(config)
     source, teacher = open_source(config.data), teachers.load_teacher(config)
     tokens, width = (config.data.image_size // IMAGE_PATCH) ** 2, teacher.network.module.width
@@ -131,15 +129,13 @@ def _check_shared(folder: pathlib.Path, contents: Contents, out: str) -> None:
 
 def _is_of(folder: pathlib.Path, contents: Contents) -> bool:
     """Whether the folder says that its features are those; UsageError if it says that they are others."""
-    path = next((folder / name for name in (COMPLETE, PARTIAL) if (folder / name).exists()), None)
-    if path is None:
+    said = read_contents(folder)
+    if said is None:
         return False
-    there, _ = read_contents(path)
-    if there != contents:
-        raise UsageError(
-            f"--out={folder} holds features of something else: {'; '.join(contents.differences(there))}. "
-            "Choose another folder."
-        )
+    there, ours = dataclasses.asdict(said[0]), dataclasses.asdict(contents)
+    different = "; ".join(f"{k}: {there[k]} there, {ours[k]} here" for k in ours if there[k] != ours[k])
+    if different:
+        raise UsageError(f"--out={folder} holds features of something else: {different}. Choose another folder.")
     return True
 
 

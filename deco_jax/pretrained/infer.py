@@ -1,7 +1,6 @@
 """Which network is a set of PyTorch tensors? Its architecture and every size, from names and shapes alone."""
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +27,12 @@ ARCHITECTURES = {
     "deco_text": (names.DECO_TEXT, "y_embedder.proj.weight"),
     "baseline": (names.BASELINE, "final_layer.adaLN_modulation.0.weight"),
     "pixnerd": (names.PIXNERD, "final_layer.norm.weight"),
+}
+# Which blocks a table's letters count.
+BLOCKS = {
+    "i": r"blocks\.(\d{1,9})\.norm1\.weight",
+    "t": r"text_refine_blocks\.(\d{1,9})\.",
+    "j": r"dec_net\.res_blocks\.(\d{1,9})\.",
 }
 # Of torch.compile, of DistributedDataParallel, and what people call a network or its state dict.
 WRAPPERS = ("_orig_mod", "module", "model", "state_dict", "network", "net", "params")
@@ -76,13 +81,9 @@ def infer(shapes: Shapes) -> dict[str, Any]:
         shown = ", ".join(sorted(shapes)[:5]) or "none"
         raise UsageError(f"these tensors are of no network known here ({shown}, …); known: {', '.join(ARCHITECTURES)}.")
     table, _ = ARCHITECTURES[kind]
-    counts = {
-        "i": _count(shapes, r"blocks\.(\d{1,9})\.norm1\.weight"),
-        "t": _count(shapes, r"text_refine_blocks\.(\d{1,9})\."),
-    }
-    counts["j"] = _count(shapes, r"dec_net\.res_blocks\.(\d{1,9})\.")
+    counts = {letter: translate.count_blocks(pattern, shapes) for letter, pattern in BLOCKS.items()}
     if kind == "pixnerd":
-        counts["j"] = _count(shapes, r"blocks\.(\d{1,9})\.param_generator1\.") - counts["i"]
+        counts["j"] = translate.count_blocks(r"blocks\.(\d{1,9})\.param_generator1\.", shapes) - counts["i"]
     for letter, count in counts.items():
         if not 0 <= count <= len(shapes):  # a number in a name decides nothing about memory
             raise UsageError(f"these tensors count {count} blocks ({letter}) and are only {len(shapes)}.")
@@ -99,11 +100,6 @@ def infer(shapes: Shapes) -> dict[str, Any]:
     if too_large:
         raise UsageError(f"these tensors would make a network of {', '.join(too_large)}, beyond anything known.")
     return sizes
-
-
-def _count(shapes: Shapes, pattern: str) -> int:
-    """One more than the largest number that `pattern` finds; gaps turn up as missing tensors."""
-    return max((int(match[1]) + 1 for name in shapes if (match := re.match(pattern, name))), default=0)
 
 
 def _sizes(kind: str, shapes: Shapes, counts: Mapping[str, int]) -> dict[str, Any]:

@@ -9,13 +9,7 @@ from deco_jax.checkpoints import store
 from deco_jax.config import build_model
 from deco_jax.errors import UsageError
 from deco_jax.models.build import parameter_shapes
-from deco_jax.pretrained.networks import (
-    is_weight_file,
-    model_config,
-    open_networks,
-    read_network,
-    settle_prediction,
-)
+from deco_jax.pretrained import networks
 
 
 def load_pretrained(
@@ -41,13 +35,13 @@ def load_pretrained(
     """
     if weights not in ("ema", "online"):
         raise UsageError(f"weights={weights!r} is not known; allowed: ema, online.")
-    if is_weight_file(path):
-        stored = open_networks(path, prediction)
-        model, params = build_model(model_config(stored)), read_network(stored, weights)
+    if networks.is_weight_file(path):
+        stored = networks.open_networks(path, prediction)
+        model, params = build_model(networks.model_config(stored)), networks.read_network(stored, weights)
         return model, jax.tree.map(lambda x: jax.device_put(x, may_alias=True), params)
     folder, step = store.find_checkpoint(path)
     config = store.read_config(folder, step).model
-    settle_prediction(path, [config.prediction], prediction)
+    networks.settle_prediction(path, [config.prediction], prediction)
     config.attention = "default"  # the run's choice may not exist on this machine
     model = build_model(config)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -97,20 +97,17 @@ def open_networks(path: str | os.PathLike, prediction: str | None = None) -> Sto
 
 
 def settle_prediction(path: str | os.PathLike, said: list[Any], given: str | None) -> str | None:
-    """What a network predicts, velocity or image; tensors do not tell.
+    """What a network predicts, velocity or image: tensors do not tell. None if nobody says anything.
 
     Args:
       path: the file, for messages.
       said: what stands in it, in as many places as there are.
       given: what its reader says, None for nothing.
 
-    Returns:
-      None if nobody says anything.
-
     Raises:
       UsageError: two say different things, or one something unknown.
     """
-    for value in [*said, *([] if given is None else [given])]:
+    for value in said if given is None else [*said, given]:
         if not isinstance(value, str) or value not in PREDICTIONS:
             raise UsageError(f"{path}: prediction={short(value)} is not known; allowed: {', '.join(PREDICTIONS)}.")
     if len(set(said)) > 1:
@@ -138,13 +135,7 @@ def model_config(stored: Stored) -> ConfigDict:
 
 
 def read_network(stored: Stored, which: str, watch: Callable[[Iterable], Iterable] = iter) -> Any:
-    """The "ema" or "online" weights as our parameters, fp32 numpy; one tensor at a time is read beside them.
-
-    Args:
-      stored: from `open_networks`.
-      which: of them.
-      watch: wraps the iteration over tensors, for a progress bar.
-    """
+    """The "ema" or "online" weights as our parameters, fp32 numpy; one tensor at a time is read beside them."""
     like = parameter_shapes(build_model(model_config(stored)))
     return translate.from_torch(stored.table, stored.weights(which), like, watch)
 

@@ -11,31 +11,13 @@ from jax import Array
 Velocity = Callable[[Array, Array, Any], Array]  # (x (B,H,W,3), t (B,), condition, a tree of (B,…)) → v (B,H,W,3)
 
 
-def guide(velocity: Velocity, guidance: float) -> Velocity:
-    """v_null + guidance·(v_condition − v_null), both halves in one call of the network.
-
-    The result takes a pair (condition, null) for its condition. The two halves of an example lie next to each
-    other in the doubled batch, so a batch sharded over devices needs no communication.
-    """
-
-    def double(a: Array, b: Array) -> Array:
-        return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
-
-    def guided(x: Array, t_B: Array, conditions: tuple[Any, Any]) -> Array:
-        condition, null = conditions
-        v = velocity(double(x, x), double(t_B, t_B), jax.tree.map(double, condition, null))
-        v_condition, v_null = jnp.moveaxis(v.reshape(-1, 2, *v.shape[1:]), 1, 0)
-        return v_null + guidance * (v_condition - v_null)
-
-    return guided
-
-
 def guided_slope(
     velocity: Velocity, condition: Any, null: Any, guidance: float, guided_steps: np.ndarray
 ) -> Callable[[Array, Array, Array], tuple[Array, tuple]]:
     """The slope for `solvers.integrate`: guided on the steps that `guided_steps` (steps,) marks, plain on the others.
 
-    On plain steps the null half is not run.
+    Guided, it is v_null + guidance·(v_condition − v_null), both halves in one call of the network. The two halves of an
+    example lie next to each other in the doubled batch, so a batch sharded over devices needs no communication.
 
     Args:
       velocity: the network.
@@ -47,8 +29,13 @@ def guided_slope(
     def plain(x: Array, t_B: Array) -> Array:
         return velocity(x, t_B, condition)
 
+    def double(a: Array, b: Array) -> Array:
+        return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+
     def guided(x: Array, t_B: Array) -> Array:
-        return guide(velocity, guidance)(x, t_B, (condition, null))
+        v = velocity(double(x, x), double(t_B, t_B), jax.tree.map(double, condition, null))
+        v_condition, v_null = jnp.moveaxis(v.reshape(-1, 2, *v.shape[1:]), 1, 0)
+        return v_null + guidance * (v_condition - v_null)
 
     def slope(x: Array, t_B: Array, is_guided: Array) -> tuple[Array, tuple]:
         if guided_steps.all():

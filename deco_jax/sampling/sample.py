@@ -52,12 +52,10 @@ def sample(
     """
     settings = dataclasses.replace(settings, **changes)
     number = len(labels)
-    condition, null = (
-        jax.tree.map(jnp.asarray, model.condition.read(requests))
-        for requests in (labels, [model.condition.nothing] * number if negative is None else negative)
-    )
-    if negative is not None and len(negative) != number:
+    negative = [model.condition.nothing] * number if negative is None else negative
+    if len(negative) != number:
         raise UsageError(f"negative has {len(negative)} entries; {number} labels need as many.")
+    condition, null = (jax.tree.map(jnp.asarray, model.condition.read(requests)) for requests in (labels, negative))
     if noise is None:
         if key is None or image_size is None:
             raise UsageError("sample needs noise=…, or key=… together with image_size=….")

@@ -1,9 +1,4 @@
-"""From noise to images along a velocity field: the solvers, and the one loop that drives them.
-
-A solver is a small object of two functions. `init(x)` makes its state from the noise; `step(slope, state, t, dt, key)`
-moves the state from t to t + dt. The first element of a state is x. What a slope returns beside the velocity is
-collected, step by step.
-"""
+"""From noise to images along a velocity field: the solvers, and the one loop that drives them."""
 
 import dataclasses
 from collections.abc import Callable

@@ -2,18 +2,18 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 
 class Clock:
     """Seconds spent in each phase of one start of a run."""
 
     def __init__(self):
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.seconds: Counter[str] = Counter()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -23,10 +23,6 @@ class Clock:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - start
-
-    def total(self) -> float:
-        """Of all phases."""
-        return sum(self.seconds.values())
 
 
 class Goodput:
@@ -39,48 +35,42 @@ class Goodput:
 
     def __init__(self, workdir: pathlib.Path, step: int, clock: Clock, active: bool):
         self.clock, self.attempts = clock, 1
-        self.before: dict[str, float] = {}  # seconds of earlier attempts, and what was lost between them
-        self.path = None
-        if not active:
-            return
-        self.path = workdir / "goodput.jsonl"
-        lines = _read_lines(self.path)
+        self.before: Counter[str] = Counter()  # seconds of earlier attempts, and what was lost between them
+        self.path = workdir / "goodput.jsonl" if active else pathlib.Path(os.devnull)
+        lines = []
+        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+            with contextlib.suppress(ValueError):  # a machine that died may have cut off its last line
+                lines.append(json.loads(text))
         if lines:
-            self.attempts = lines[-1]["attempt"] + 1
-            last = [line for line in lines if line["attempt"] == lines[-1]["attempt"] and line["step"] <= step][-1:]
-            for line in last:
-                lost = 0.0 if line["ended"] else max(time.time() - clock.total() - line["time"], 0.0)
-                self.before = _sum(line["seconds"], {"lost to restarts": lost})
+            last = lines[-1]["attempt"]
+            self.attempts = last + 1
+            for line in [line for line in lines if line["attempt"] == last and line["step"] <= step][-1:]:
+                lost = 0.0 if line["ended"] else max(time.time() - clock.seconds.total() - line["time"], 0.0)
+                self.before.update({"lost to restarts": lost})
+                self.before.update(line["seconds"])
         self.note(step)
 
     def note(self, step: int, ended: bool = False) -> None:
         """Writes down how much time has gone where, up to `step`; `ended`: the run is finished."""
-        if self.path is not None:
-            seconds = _sum(self.before, self.clock.seconds)
-            line = {"attempt": self.attempts, "step": step, "time": time.time(), "ended": ended, "seconds": seconds}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        seconds = self._seconds()
+        line = {"attempt": self.attempts, "step": step, "time": time.time(), "ended": ended, "seconds": seconds}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def close(self, step: int, ended: bool) -> str:
         """The last line of the file, at the step that was reached, and the same for people."""
         self.note(step, ended)
-        seconds = _sum(self.before, {"lost to restarts": 0.0}, self.clock.seconds)
-        total = sum(seconds.values())
-        parts = ", ".join(f"{name} {value:.1f} s" for name, value in sorted(seconds.items(), key=lambda item: -item[1]))
+        seconds = self._seconds()
+        seconds.update({"lost to restarts": 0.0})  # told also where it is nothing
+        total = seconds.total()
+        parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.most_common())
         return (
-            f"Goodput: {seconds.get('step', 0.0) / max(total, 1e-9):.1%} of {total:.1f} s in {self.attempts} start(s) "
+            f"Goodput: {seconds['step'] / max(total, 1e-9):.1%} of {total:.1f} s in {self.attempts} start(s) "
             f"went into steps: {parts}."
         )
 
-
-def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Lines that parse; a machine that died may have cut off its last one."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
-    return lines
-
-
-def _sum(*parts: dict[str, float]) -> dict[str, float]:
-    return {name: sum(part.get(name, 0.0) for part in parts) for part in parts for name in part}
+    def _seconds(self) -> Counter[str]:
+        """Of all attempts."""
+        seconds = self.before.copy()
+        seconds.update(self.clock.seconds)
+        return seconds

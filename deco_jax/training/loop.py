@@ -10,23 +10,15 @@ from ml_collections import ConfigDict
 from deco_jax.checkpoints import store
 from deco_jax.checkpoints.resume import check_resumable
 from deco_jax.data import pipeline
-from deco_jax.errors import UsageError
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel import processes
 from deco_jax.sampling.pictures import save_png
-from deco_jax.storage import write_bytes
+from deco_jax.storage import local_folder, write_bytes
+from deco_jax.training import start
 from deco_jax.training.goodput import Clock
 from deco_jax.training.hooks import Profile, SampleGrids
 from deco_jax.training.preemption import stop_request
 from deco_jax.training.report import Reporter
-from deco_jax.training.start import (
-    abstract_state,
-    check_processes_agree,
-    find_weights,
-    first_state,
-    open_parts,
-    summary,
-)
 from deco_jax.training.step import jit_step, step_flops
 from deco_jax.training.watch import Watch
 from deco_jax.version import __version__
@@ -45,16 +37,16 @@ def train(config: ConfigDict, workdir: str) -> None:
       UsageError: the configuration does not fit the data, the devices or the checkpoint; the data has too many
         unreadable records; or the loss was not finite for too many steps in a row.
     """
-    folder, first_process = pathlib.Path(workdir).expanduser(), jax.process_index() == 0
-    processes.agree(lambda: _check_workdir(workdir, folder))
+    first_process = jax.process_index() == 0
+    folder = processes.agree(lambda: local_folder("--workdir", workdir))
     _use_compilation_cache(config, folder)
     with stop_request() as stop, contextlib.ExitStack() as closing, processes.fail_together(closing):
         clock = Clock()
         with clock.phase("init"):
-            parts = processes.agree(lambda: open_parts(config))
-            check_processes_agree(config, parts)
+            parts = processes.agree(lambda: start.open_parts(config))
+            start.check_processes_agree(config, parts)
             layout, mesh, train_step = parts.layout, parts.layout.mesh, parts.train_step
-            abstract = abstract_state(train_step, layout)
+            abstract = start.abstract_state(train_step, layout)
             parameters = sum(x.size for x in jax.tree.leaves(abstract.params["network"]))
             meta = store.make_meta(config, parts.fingerprint, parameters, __version__, parts.digests)
             closing.enter_context(store.exclusive(folder))
@@ -62,8 +54,8 @@ def train(config: ConfigDict, workdir: str) -> None:
             closing.callback(checkpoints.close)
             latest, changes = checkpoints.agree_on_latest(), []
             if latest is None:
-                weights = processes.agree(lambda: find_weights(config))
-                state, start = first_state(train_step, abstract, layout, weights), 0
+                weights = processes.agree(lambda: start.find_weights(config))
+                state, step = start.first_state(train_step, abstract, layout, weights), 0
                 begin = f"starts from {config.train.init_from or 'random weights'}"
             else:
                 changes = processes.agree(lambda: check_resumable(checkpoints.meta(latest), meta, folder))
@@ -71,11 +63,11 @@ def train(config: ConfigDict, workdir: str) -> None:
                     if first_process:
                         print(f"{folder} is done: step {latest} of {config.train.steps}.")
                     return
-                state, start = checkpoints.restore(latest, abstract), checkpoints.position(latest)
+                state, step = checkpoints.restore(latest, abstract), checkpoints.position(latest)
                 begin = f"resumes at step {latest}"
         if first_process:
             write_bytes(folder / "config.json", config.to_json_best_effort(indent=2).encode())
-            print(summary(config, parts, parameters, begin))
+            print(start.summary(config, parts, parameters, begin))
             for change in changes:
                 print(f"Changed since the checkpoint: {change}.")
 
@@ -86,7 +78,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         del parts  # and with it the frozen networks' copies on this host
 
         reporter = Reporter(
-            config.train, batch_size, folder, start, clock, step_flops(train_step, config.data.image_size)
+            config.train, batch_size, folder, step, clock, step_flops(train_step, config.data.image_size)
         )
         closing.push(reporter.close)
         profile = Profile(config, folder)
@@ -94,7 +86,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         bad = pipeline.BadRecords(source, config.data.max_bad_records, first_process)
         watch = Watch(bad, config.train.max_nonfinite, checkpoints)
         sample_grid = SampleGrids(config, train_step.network, layout)
-        step, batches = start, pipeline.batches(config.data, config.seed, source, start, rows, features)
+        started_at, batches = step, pipeline.batches(config.data, config.seed, source, step, rows, features)
         with meshes.use_mesh(layout), contextlib.closing(batches):
             while True:
                 finished, stopping = step >= config.train.steps, watch.told_to_stop(stop)
@@ -102,7 +94,7 @@ def train(config: ConfigDict, workdir: str) -> None:
                 to_sample = _due(step, config.train.sample_every, finished) and (finished or not stopping)
                 to_save = _due(step, config.train.save_every, ending)
 
-                if step > start and (to_sample or to_save):
+                if step > started_at and (to_sample or to_save):
                     reporter.write()
                     if to_sample:
                         with clock.phase("eval"):
@@ -123,7 +115,7 @@ def train(config: ConfigDict, workdir: str) -> None:
                     batch = meshes.place_batch(batch, mesh, rows, batch_size)
 
                 profile(step)
-                first = step == start
+                first = step == started_at
                 with clock.phase("compile" if first else "step"), contextlib.nullcontext() if first else _hot():
                     state, metrics, messages = program(state, batch, messages, frozen)
                     step += 1
@@ -140,11 +132,6 @@ def train(config: ConfigDict, workdir: str) -> None:
             what = "nothing was trained" if saved is None else f"step {saved} is saved"
             by = stop.signal.name if stop else "a signal to another process"
             reporter.progress.say(f"Stopped by {by}; {what}. The same command resumes from there.")
-
-
-def _check_workdir(workdir: str, folder: pathlib.Path) -> None:
-    if "://" in workdir or (folder.exists() and not folder.is_dir()):
-        raise UsageError(f"--workdir={workdir} is no folder. A bucket must be mounted (with gcsfuse, say).")
 
 
 def _use_compilation_cache(config: ConfigDict, folder: pathlib.Path) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections import defaultdict
 from typing import Any
 
 from clu import parameter_overview
@@ -37,13 +37,17 @@ def parameter_table(boxed_params: Any, layout: Layout) -> str:
     """
     every = [_row(name, leaf, layout) for name, leaf in parameter_overview.flatten_dict(boxed_params).items()]
     least = OWN_ROW * sum(row.size for row in every)
-    rows, small = [], []
-    for (name, shape), equal in _group(every, _kind).items():
+    large, small = defaultdict(list), defaultdict(list)
+    for row in every:
+        large[re.sub(r"_\d+(?=/)", "_*", row.name), row.shape].append(row)
+    rows = []
+    for (name, shape), equal in large.items():
         if sum(row.size for row in equal) >= least:
             rows.append(_sum(equal, name, shape if len(equal) == 1 else f"{len(equal)} of {shape}"))
-        else:
-            small += equal
-    for module, several in _group(small, lambda row: "/".join(row.name.split("/")[:-2][:2])).items():
+            continue
+        for row in equal:
+            small["/".join(row.name.split("/")[:-2][:2])].append(row)
+    for module, several in small.items():
         rows += several if len(several) == 1 else [_sum(several, f"{module}/*", f"{len(several)} small ones")]
     return "\n".join(
         [
@@ -56,7 +60,6 @@ def parameter_table(boxed_params: Any, layout: Layout) -> str:
 
 
 def _row(name: str, leaf: nn.LogicallyPartitioned, layout: Layout) -> Row:
-    """One parameter as a row."""
     sharding, shape = state_shardings(leaf, layout), leaf.value.shape
     parts = [part if isinstance(part, str) else "+".join(part or "·") for part in sharding.spec]
     return Row(
@@ -67,18 +70,6 @@ def _row(name: str, leaf: nn.LogicallyPartitioned, layout: Layout) -> Row:
         math.prod(shape),
         leaf.value.dtype.itemsize * math.prod(sharding.shard_shape(shape)),
     )
-
-
-def _kind(row: Row) -> tuple[str, str]:
-    """What equal parameters of numbered blocks have in common: name and shape."""
-    return re.sub(r"_\d+(?=/)", "_*", row.name), row.shape
-
-
-def _group(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return groups
 
 
 def _sum(rows: list[Row], name: str, shape: str) -> Row:

@@ -1,8 +1,8 @@
 """What does a run tell while it trains? Scalars to JSONL and TensorBoard, pictures, a progress bar or lines."""
 
 import json
+import os
 import pathlib
-import sys
 import time
 from typing import Any
 
@@ -23,20 +23,20 @@ class Reporter:
     ):
         """`config` is the `train` part of a configuration, `step` the first, `image_flops` a step's per image."""
         active = jax.process_index() == 0
-        self.config, self.batch_size, self.clock, self.image_flops = config, batch_size, clock, image_flops
-        self.peak = peak_flops(jax.devices()[0])
+        self.config, self.batch_size, self.clock, self.step = config, batch_size, clock, step
+        peak = peak_flops(jax.devices()[0])
+        self.mfu_of_an_image = None if peak is None else image_flops / (peak * jax.device_count())
         self.writers, self.progress = Writers(workdir, active), Progress(config.steps, step, active)
         self.goodput = Goodput(workdir, step, clock, active)
-        self.step = step
         self.waiting: tuple[int, dict[str, jax.Array]] | None = None  # a step to log, its metrics on the devices
-        self.since: tuple[int, float, float] | None = None  # (step, busy, data wait) when something was last logged
+        self.since: tuple[int, float, float] | None = None  # see `_now`, when something was last logged
 
     def after(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes note of a step that has been dispatched; logs the one that was waiting."""
         self.write()
         self.step = step
         if self.since is None:  # the first step's time is the compiler's
-            self.since = step, self._busy(), self.clock.seconds["data wait"]
+            self.since = self._now(step)
         if step % self.config.log_every == 0 or step == self.config.steps:
             self.waiting = step, metrics
 
@@ -46,21 +46,21 @@ class Reporter:
             return
         (step, metrics), self.waiting = self.waiting, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        now, data = self._busy(), self.clock.seconds["data wait"]
-        last_step, last_time, last_data = self.since
-        self.since = step, now, data
-        if step > last_step:
-            values["step_seconds"] = (now - last_time) / (step - last_step)
-            values["data_wait_seconds"] = (data - last_data) / (step - last_step)
+        before, self.since = self.since, self._now(step)
+        steps, busy, data_wait = (new - old for new, old in zip(self.since, before, strict=True))
+        if steps:
+            values["step_seconds"], values["data_wait_seconds"] = busy / steps, data_wait / steps
             values["images_per_second"] = self.batch_size / values["step_seconds"]
-        if self.peak is not None and "images_per_second" in values:
-            values["mfu"] = values["images_per_second"] * self.image_flops / (self.peak * jax.device_count())
+            if self.mfu_of_an_image is not None:
+                values["mfu"] = values["images_per_second"] * self.mfu_of_an_image
         self.writers.scalars(step, values)
         self.progress.update(step, values)
 
-    def _busy(self) -> float:
-        """A clock that stands still while the run samples, saves or compiles."""
-        return time.perf_counter() - sum(self.clock.seconds[name] for name in ("eval", "checkpoint", "compile"))
+    def _now(self, step: int) -> tuple[int, float, float]:
+        """(step, a clock that stands still while the run samples, saves or compiles, seconds of waiting for data)."""
+        seconds = self.clock.seconds
+        busy = time.perf_counter() - sum(seconds[name] for name in ("eval", "checkpoint", "compile"))
+        return step, busy, seconds["data wait"]
 
     def saved(self, step: int) -> None:
         """Takes note of a checkpoint."""
@@ -71,31 +71,28 @@ class Reporter:
         """Ends logs and bar, and says where the time went; called as the run ends, with the exception's type if any."""
         ended = error_type is None and self.step >= self.config.steps
         self.writers.close()
-        self.progress.close()
+        self.progress.bar.close()
         self.progress.say(self.goodput.close(self.step, ended))
 
 
 class Writers:
-    """Scalars and pictures of a run, written by the first host only.
+    """Scalars and pictures of a run: `metrics.jsonl`, one line per logged step, and `tensorboard/`.
 
-    Files: `metrics.jsonl`, one line per logged step, appended to by a resumed run; `tensorboard/`;
-    `samples/step_00001000.png`.
+    A resumed run appends to both. Only the writers of the first process are active; those of the others write nothing.
     """
 
     def __init__(self, workdir: pathlib.Path, active: bool):
-        self.samples = workdir / "samples"
-        self.jsonl = self.tensorboard = None
-        if active:
-            import tensorboardX  # imports torch where that is installed, so not before a run needs it
+        import tensorboardX  # imports torch where that is installed, so not before a run needs it
 
-            self.samples.mkdir(parents=True, exist_ok=True)
-            self.jsonl = (workdir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
-            self.tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+        self.path = workdir / "metrics.jsonl" if active else pathlib.Path(os.devnull)
+        self.jsonl = self._open()
+        self.tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), write_to_disk=active)
+
+    def _open(self) -> Any:
+        return self.path.open("a", buffering=1, encoding="utf-8")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes one line of scalars. A value that is not finite becomes null in the JSONL."""
-        if self.jsonl is None:
-            return
         line = {k: v if np.isfinite(v) else None for k, v in values.items()}
         self.jsonl.write(json.dumps({"step": step, "time": time.time(), **line}) + "\n")
         for name, value in values.items():
@@ -103,23 +100,19 @@ class Writers:
 
     def picture(self, step: int, grid_HxWx3: np.ndarray) -> None:
         """Shows a grid of samples (uint8) in TensorBoard."""
-        if self.tensorboard is not None:
-            self.tensorboard.add_image("samples", grid_HxWx3, step, dataformats="HWC")
-            self.tensorboard.flush()
+        self.tensorboard.add_image("samples", grid_HxWx3, step, dataformats="HWC")
+        self.tensorboard.flush()
 
     def flush(self) -> None:
         """What was written so far outlives this process, also in a mounted bucket, which stores what is closed."""
-        if self.jsonl is not None:
-            name = self.jsonl.name
-            self.jsonl.close()
-            self.jsonl = open(name, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-            self.tensorboard.flush()
+        self.jsonl.close()
+        self.jsonl = self._open()
+        self.tensorboard.flush()
 
     def close(self) -> None:
         """Flushes both."""
-        if self.jsonl is not None:
-            self.jsonl.close()
-            self.tensorboard.close()
+        self.jsonl.close()
+        self.tensorboard.close()
 
 
 class Progress:
@@ -127,9 +120,8 @@ class Progress:
 
     def __init__(self, total: int, start: int, active: bool):
         self.total, self.active = total, active
-        self.bar = None
-        if active and sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05)
+        disable = None if active else True  # None: unless stderr is a terminal
+        self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05, disable=disable)
 
     def update(self, step: int, values: dict[str, float]) -> None:
         """Shows the scalars logged for `step`."""
@@ -137,24 +129,17 @@ class Progress:
         if "step_seconds" in values:
             shown += f", {values['images_per_second']:.0f} images/s"
             left = f", {_duration((self.total - step) * values['step_seconds'])} left"
-        if self.bar is not None:
+        if self.bar.disable:
+            self.say(f"step {step}/{self.total}: {shown}{left}")
+        else:
             self.bar.set_postfix_str(shown, refresh=False)
             self.bar.update(step - self.bar.n)
-        elif self.active:
-            self.say(f"step {step}/{self.total}: {shown}{left}")
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
         if self.active:
-            if self.bar is not None:
-                self.bar.write(text)
-            else:
+            with tqdm.external_write_mode():
                 print(text, flush=True)
-
-    def close(self) -> None:
-        """Leaves the bar as it is."""
-        if self.bar is not None:
-            self.bar.close()
 
 
 def _duration(seconds: float) -> str:

@@ -1,10 +1,8 @@
 """What does a run begin with? Its devices, data and frozen networks; its state's shapes and first values."""
 
 import dataclasses
-import functools
 import hashlib
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,7 +23,7 @@ from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel import processes
 from deco_jax.parallel.mesh import Layout
 from deco_jax.training.overview import parameter_table
-from deco_jax.training.state import TrainState, init_state
+from deco_jax.training.state import TrainState
 from deco_jax.training.step import TrainStep, make_train_step
 from deco_jax.version import __version__
 
@@ -98,23 +96,10 @@ def check_devices(config: ConfigDict, mesh: Mesh) -> None:
         raise UsageError("model.attention='cudnn' needs an NVIDIA GPU; 'default' runs everywhere.")
 
 
-def _initialise(train_step: TrainStep) -> Callable[[], TrainState]:
-    """The function that makes a fresh state from the run's seed, still with logical axis names."""
-    return functools.partial(
-        init_state,
-        jax.random.fold_in(jax.random.key(train_step.config.seed), 2**31 - 1),  # no step draws from this key
-        train_step.network,
-        train_step.projector,
-        train_step.optimizer,
-        train_step.config.model.patch_size,
-    )
-
-
 def _boxed_state(train_step: TrainStep, layout: Layout) -> TrainState:
     """Shapes and dtypes, still with logical axis names."""
-    make = _initialise(train_step)  # draws a key, which cannot run on a mesh of devices that are not here
     with meshes.use_mesh(layout):
-        return jax.eval_shape(make)
+        return jax.eval_shape(train_step.initial_state)
 
 
 def abstract_state(train_step: TrainStep, layout: Layout) -> TrainState:
@@ -160,10 +145,9 @@ def first_state(
 
     The projector is taken over as well where both runs align to features of the same size.
     """
-    make = _initialise(train_step)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     with meshes.use_mesh(layout):
-        state = jax.jit(lambda: nn.meta.unbox(make()), out_shardings=shardings)()
+        state = jax.jit(lambda: nn.meta.unbox(train_step.initial_state()), out_shardings=shardings)()
     if weights is None:
         return state
     wanted: dict[str, Any] = {"params": {"network": abstract.params["network"]}, "ema": abstract.ema}

@@ -39,6 +39,24 @@ class TrainStep:
     schedule: optax.Schedule
     draw: Callable[[Array, tuple[int, int, int]], Draws]  # (one key per example, image shape) → what is random
 
+    def initial_state(self) -> TrainState:
+        """A fresh state from the seed, with logical axis names boxed around all that is shaped like a parameter."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), 2**31 - 1)  # no step draws from this key
+        network_key, projector_key = jax.random.split(key)
+        p, network = self.network.patch_size, self.network
+        x, t, condition = jnp.zeros((1, p, p, 3)), jnp.zeros(1), network.condition.example(1)
+        params = {"network": network.init(network_key, x, t, condition)["params"]}
+        if self.projector is not None:
+            params["projector"] = self.projector.init(projector_key, jnp.zeros((1, 1, network.width)))["params"]
+        return TrainState(
+            step=jnp.int32(0),
+            params=params,
+            ema=jax.tree.map(jnp.copy, params["network"]),  # starts at the parameters, in buffers of its own
+            opt_state=self.optimizer.init(params),
+            skipped=jnp.int32(0),
+            skipped_in_a_row=jnp.int32(0),
+        )
+
     def __call__(self, state: TrainState, batch: Batch, frozen_params: Any = None) -> tuple[TrainState, Metrics]:
         """One optimiser step on one global batch.
 
@@ -85,13 +103,8 @@ class TrainStep:
 
     def loss(self, params: Any, batch: Batch, draws: Draws) -> tuple[Array, Metrics]:
         """The objective at `params`; see `Objective`. Images are fp32, conditions dropped where they are to be."""
-
-        def network(*args: Any, **kwargs: Any) -> Any:
-            return self.network.apply({"params": params["network"]}, *args, **kwargs)
-
-        def project(tokens: Array) -> Array:
-            return self.projector.apply({"params": params["projector"]}, tokens)
-
+        network = functools.partial(self.network.apply, {"params": params["network"]})
+        project = self.projector and functools.partial(self.projector.apply, {"params": params["projector"]})
         condition = self.network.condition.from_batch(batch)
         return self.objective(network, project, batch["image"], condition, draws, batch.get("features"))
 
@@ -109,14 +122,16 @@ class TrainStep:
             decay = jnp.minimum(decay, (1 + done) / (10 + done))
         ema = jax.tree.map(lambda e, p: e * decay + p * (1 - decay), state.ema, params["network"])
 
-        def if_finite(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
+        params, ema, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, ema, opt_state),
+            (state.params, state.ema, state.opt_state),
+        )
         state = TrainState(
             step=state.step + 1,
-            params=if_finite(params, state.params),
-            ema=if_finite(ema, state.ema),
-            opt_state=if_finite(opt_state, state.opt_state),
+            params=params,
+            ema=ema,
+            opt_state=opt_state,
             skipped=state.skipped + ~finite,
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )

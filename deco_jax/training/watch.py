@@ -37,18 +37,15 @@ class Watch:
 
     def _read(self, step: int, skipped_in_a_row: jax.Array, messages: jax.Array) -> None:
         skipped, messages = jax.device_get((skipped_in_a_row, messages))
-        self.stop_agreed = self.stop_agreed or bool(messages[:, 0].any())
+        self.stop_agreed |= bool(messages[:, 0].any())
         try:
             self.bad.check(messages[:, 1:].ravel())
-            self._check_finite(step, int(skipped))
         except UsageError as error:
             raise AgreedError(str(error)) from error
-
-    def _check_finite(self, step: int, skipped_in_a_row: int) -> None:
-        if skipped_in_a_row >= self.max_nonfinite:
+        if skipped >= self.max_nonfinite:
             good = self.checkpoints.latest()
-            raise UsageError(
-                f"loss or gradient not finite for {skipped_in_a_row} steps up to step {step} "
+            raise AgreedError(
+                f"loss or gradient not finite for {skipped} steps up to step {step} "
                 f"(train.max_nonfinite={self.max_nonfinite}); these steps changed no weights. "
                 f"Last checkpoint: {'none' if good is None else self.checkpoints.folder / str(good)}. "
                 "A lower optimizer.lr, optimizer.clip_norm=1 or optimizer.beta2=0.95 may help; "

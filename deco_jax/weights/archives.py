@@ -7,8 +7,8 @@ Legacy, before: pickles of a magic number, a protocol number, facts about the ma
 keys; then each storage in that order, its number of elements before it.
 """
 
+import functools
 import io
-import os
 import struct
 import zipfile
 from typing import Any
@@ -17,43 +17,32 @@ from deco_jax.errors import UsageError
 from deco_jax.weights.admitted import Admitted
 from deco_jax.weights.budget import Budget
 from deco_jax.weights.pickles import MAX_PICKLE, Unpickler
-from deco_jax.weights.tensors import MappedFile, Storage, naming, short
+from deco_jax.weights.tensors import MappedFile, Storage, short
 
 MAX_DIRECTORY = 16 * 2**20  # bytes of a zip's list of entries; some 160,000 storages
-MAX_UNFOLDED = 4  # bytes of all tensors together, as a multiple of the file's …
-MAX_UNFOLDED_EXTRA = 256 * 2**20  # … and these, for small files with expanded tensors
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _Known = dict[tuple[str, str, int], Storage]  # by key, type and size: a storage may be looked at as several types
 _RESAVE = "open it with PyTorch where you trust it, and save it again with torch.save"
 
 
-def read_torch(source: str | os.PathLike | MappedFile) -> Any:
+def read_torch(file: MappedFile) -> Any:
     """The content of a `.pt`, `.pth`, `.ckpt` or `.bin` file: plain containers and lazy tensors.
 
     Raises:
-      UsageError: it has neither format, is damaged, or mentions what is not admitted; the message names the file.
+      UsageError: it has neither format, is damaged, or mentions what is not admitted.
     """
-    path = source.path if isinstance(source, MappedFile) else source
-    with naming(path):
-        file = source if isinstance(source, MappedFile) else MappedFile(source)
-        start = bytes(file.window(0, min(file.size, 512)))
-        if start[:4] == b"PK\x03\x04":
-            return _read_zip(file)
-        if start[257:262] == b"ustar":
-            raise UsageError(f"a tar file, the format of PyTorch before 0.1.10, is not read; {_RESAVE}.")
-        if start[:1] == b"\x80":
-            return _read_legacy(file)
-        raise UsageError(
-            f"not a weight file: it starts with {start[:8]!r}; torch.save's files and safetensors are read."
-        )
+    start = bytes(file.window(0, min(file.size, 512)))
+    if start[:4] == b"PK\x03\x04":
+        return _read_zip(file)
+    if start[257:262] == b"ustar":
+        raise UsageError(f"a tar file, the format of PyTorch before 0.1.10, is not read; {_RESAVE}.")
+    if start[:1] == b"\x80":
+        return _read_legacy(file)
+    raise UsageError(f"not a weight file: it starts with {start[:8]!r}; torch.save's files and safetensors are read.")
 
 
-def _budget(file: MappedFile) -> Budget:
-    return Budget(MAX_UNFOLDED * file.size + MAX_UNFOLDED_EXTRA)
-
-
-def _storage_of(file: MappedFile, identifier: tuple, known: _Known, legacy: bool) -> Storage:
+def _find_storage(file: MappedFile, known: _Known, legacy: bool, identifier: tuple) -> Storage:
     """The storage of a persistent id ("storage", type, key, device, elements[, view]); its place is not yet known."""
     if len(identifier) != (6 if legacy else 5) or identifier[0] != "storage":
         raise UsageError(f"the pickle inside refers to {short(identifier)} outside it; only storages are admitted.")
@@ -67,6 +56,18 @@ def _storage_of(file: MappedFile, identifier: tuple, known: _Known, legacy: bool
     if nbytes > file.size:
         raise UsageError(f"storage {short(key)} should have {short(nbytes)} bytes, more than the file: it is damaged.")
     return known.setdefault((key, kind.name, nbytes), Storage(file, key, kind.dtype, nbytes))
+
+
+def _place(known: _Known, places: dict[str, tuple[int, int]], big_endian: bool) -> None:
+    """Notes where the storages' first and last bytes are, by their keys."""
+    for storage in known.values():
+        start, stop = places.get(storage.key, (0, -1))
+        if stop - start < storage.nbytes:
+            raise UsageError(
+                f"storage {short(storage.key)} has {max(stop - start, 0)} bytes in the file and {storage.nbytes} "
+                "in the pickle: the file is damaged."
+            )
+        storage.start, storage.big_endian = start, big_endian
 
 
 # Zip
@@ -83,24 +84,16 @@ def _read_zip(file: MappedFile) -> Any:
     order = bytes(file.window(*entries[f"{folder}byteorder"])[:8]) if f"{folder}byteorder" in entries else b"little"
     if order not in (b"little", b"big"):
         raise UsageError(f"the byte order is {order!r}, neither little nor big: the file is damaged.")
-    known: _Known = {}
-
-    def find_storage(identifier: tuple) -> Storage:
-        storage = _storage_of(file, identifier, known, legacy=False)
-        if storage.start is None:
-            start, stop = entries.get(f"{folder}data/{storage.key}", (0, -1))
-            if stop - start < storage.nbytes:
-                raise UsageError(
-                    f"storage {short(storage.key)} has {max(stop - start, 0)} bytes in the file and {storage.nbytes} "
-                    "in the pickle: the file is damaged."
-                )
-            storage.start, storage.big_endian = start, order == b"big"
-        return storage
-
     start, stop = entries[pickles[0]]
     if stop - start > MAX_PICKLE:
         raise UsageError(f"the pickle inside has {stop - start} bytes; at most {MAX_PICKLE} are read.")
-    return Unpickler(io.BytesIO(file.window(start, stop)), find_storage, _budget(file)).load()
+    known: _Known = {}
+    find_storage = functools.partial(_find_storage, file, known, False)
+    content = Unpickler(io.BytesIO(file.window(start, stop)), find_storage, Budget(file.size)).load()
+    data = f"{folder}data/"
+    places = {name.removeprefix(data): place for name, place in entries.items() if name.startswith(data)}
+    _place(known, places, order == b"big")
+    return content
 
 
 class _Directory:
@@ -153,7 +146,7 @@ def _zip_entries(file: MappedFile) -> dict[str, tuple[int, int]]:
 def _read_legacy(file: MappedFile) -> Any:
     stream = io.BytesIO(file.window(0, min(file.size, MAX_PICKLE)))
     known: _Known = {}
-    unpickler = Unpickler(stream, lambda identifier: _storage_of(file, identifier, known, legacy=True), _budget(file))
+    unpickler = Unpickler(stream, functools.partial(_find_storage, file, known, True), Budget(file.size))
     magic = unpickler.load()
     if type(magic) is not int or magic != _MAGIC:
         raise UsageError("a pickle, but not one that torch.save wrote; only weight files of PyTorch are read.")
@@ -165,21 +158,15 @@ def _read_legacy(file: MappedFile) -> Any:
     content, keys = unpickler.load(), unpickler.load()
     if not isinstance(keys, list) or not all(type(key) is str for key in keys) or len(set(keys)) < len(keys):
         raise UsageError("the list of its storages is damaged.")
-    first_of: dict[str, Storage] = {}
-    for storage in known.values():
-        first_of.setdefault(storage.key, storage)
+    widths = {storage.key: storage.dtype.itemsize for storage in reversed(known.values())}  # of its first type
     position, places = stream.tell(), {}
     for key in keys:
-        if key not in first_of:
+        if key not in widths:
             raise UsageError(f"storage {short(key)} is listed but never used: the file is damaged.")
         start = position + 8
         count = int.from_bytes(file.window(position, start), "little")
-        position = start + count * first_of[key].dtype.itemsize
+        position = start + count * widths[key]
         file.window(start, position)  # ends inside the file
         places[key] = start, position
-    for storage in known.values():
-        start, stop = places.get(storage.key, (0, -1))
-        if stop - start < storage.nbytes:
-            raise UsageError(f"storage {short(storage.key)} is not in the file as described: it is damaged.")
-        storage.start = start
+    _place(known, places, False)
     return content

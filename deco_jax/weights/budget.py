@@ -6,20 +6,22 @@ from deco_jax.errors import UsageError
 from deco_jax.weights.tensors import Storage, Tensor, make_tensor, short
 
 MAX_STEPS = 500_000  # opcodes and copied items, of one file; a tensor takes about 35
-MAX_OTHER_KEYS = 5_000  # dict keys and set members that are not text: their hashes can be made to collide
+MAX_OTHER_KEYS = 5_000  # dict keys that are not text: their hashes can be made to collide
 MAX_KEY = 4096  # characters
+MAX_UNFOLDED = 4  # bytes of all tensors together, as a multiple of the file's …
+MAX_UNFOLDED_EXTRA = 256 * 2**20  # … and these, for small files with expanded tensors
 
 
 class Budget:
-    """What is left of one file's budget.
+    """What is left of the budget of one file of so many bytes.
 
-    Args:
-      unfolded: bytes that all tensors may have together once their strides are unfolded. Tensors can overlap and
-        repeat, so a small file could otherwise describe any amount of memory.
+    Tensors can overlap and repeat, so a small file could otherwise describe any amount of memory: what counts is the
+    bytes that they have together once their strides are unfolded.
     """
 
-    def __init__(self, unfolded: int):
-        self._unfolded, self._steps, self._other_keys = unfolded, MAX_STEPS, MAX_OTHER_KEYS
+    def __init__(self, file_size: int):
+        self._unfolded = MAX_UNFOLDED * file_size + MAX_UNFOLDED_EXTRA
+        self._steps, self._other_keys = MAX_STEPS, MAX_OTHER_KEYS
 
     def spend(self, steps: int) -> None:
         """Takes from the steps that keep reading finite."""
@@ -34,7 +36,7 @@ class Budget:
                 raise UsageError(f"the key {short(value)} has {len(value)} characters; at most {MAX_KEY} are read.")
             return value
         if not isinstance(value, int | float | None):
-            raise UsageError(f"a key is {short(value)}; only text and numbers can be keys and members of sets.")
+            raise UsageError(f"a key is {short(value)}; only text and numbers can be keys.")
         self._other_keys -= 1
         if self._other_keys < 0:
             raise UsageError(f"more than {MAX_OTHER_KEYS} keys are not text, the limit; is this a weight file?")

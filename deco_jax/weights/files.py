@@ -5,10 +5,10 @@ a set of either with its `….index.json`, and a Hugging Face folder with any of
 only the tensors asked for are read; docs/security.md has the rules.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
-from dataclasses import dataclass, field
 from typing import Any
 
 from deco_jax.errors import UsageError
@@ -29,24 +29,22 @@ _FOLDER_FILES = tuple(
 _MAX_NESTING = 3  # containers in containers
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Weights:
     """What a file or folder of weights holds.
 
     Attributes:
-      path: as it was given.
       tensors: name → tensor, in the file's order. Names are as in the file's state dict, wrappers and all; where a
         file has several state dicts (`model` and `ema`), each name begins with its own ("ema.blocks.0…").
-      rest: everything else a PyTorch file holds, plain (`optimizer_states`, `global_step`, `epoch`, …).
+      rest: everything else a PyTorch file holds (`optimizer_states`, `global_step`, …), plain or a `LeftOut`.
       metadata: a safetensors file's own metadata, text to text.
       config: a folder's config.json.
     """
 
-    path: pathlib.Path
     tensors: dict[str, Tensor]
-    rest: dict[str, Any] = field(default_factory=dict)
-    metadata: dict[str, str] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
+    rest: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def open_weights(path: str | os.PathLike) -> Weights:
@@ -64,52 +62,51 @@ def open_weights(path: str | os.PathLike) -> Weights:
         return _open_index(path)
     with naming(path):
         file = MappedFile(path)
-    if path.suffix == ".safetensors" or is_safetensors(file):
-        tensors, metadata = read_safetensors(file)
-        return Weights(path, tensors, metadata=metadata)
-    content = read_torch(file)
-    with naming(path):
-        tensors, rest = _state_dict(content)
-        return Weights(path, tensors, rest)
+        if path.suffix == ".safetensors" or is_safetensors(file):
+            tensors, metadata = read_safetensors(file)
+            return Weights(tensors, metadata=metadata)
+        return Weights(*_state_dict(read_torch(file)))
 
 
 def _open_folder(path: pathlib.Path) -> Weights:
     names = [name for name in _FOLDER_FILES if (path / name).exists()]
-    names = names or sorted(entry.name for entry in path.glob("*.safetensors"))[:2]
-    if not names or (len(names) == 2 and names[0] not in _FOLDER_FILES):
+    names = names[:1] or [entry.name for entry in path.glob("*.safetensors")]
+    if len(names) != 1:
         raise UsageError(
             f"{path}: a folder without model.safetensors, its index, or one .safetensors file; name the file to open."
         )
     weights = open_weights(path / names[0])
     config_path = path / "config.json"
     config = _read_json(config_path, "config.json") if config_path.exists() else {}
-    return Weights(path, weights.tensors, weights.rest, weights.metadata, config)
+    return dataclasses.replace(weights, config=config)
 
 
 def _open_index(path: pathlib.Path) -> Weights:
     """Weights spread over several files; the index says which tensor is in which."""
+    files = _read_json(path, "the index").get("weight_map")
     with naming(path):
-        files = _read_json(path, "the index").get("weight_map")
         if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
             raise UsageError('no index of weights: it has no "weight_map" of tensors to files.')
         for name in set(files.values()):
             if name != pathlib.PurePosixPath(name).name or "\\" in name or "\0" in name or name.endswith(".json"):
                 raise UsageError(f"the index names the file {short(name)}; only files beside it are read.")
+            if not os.path.isfile(path.parent / name):
+                raise UsageError(f"the index names the file {short(name)}, which is not beside it.")
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for name in sorted(set(files.values())):
-        if not os.path.isfile(path.parent / name):
-            raise UsageError(f"{path}: the index names the file {short(name)}, which is not beside it.")
         part = open_weights(path.parent / name)
         extra = [tensor for tensor in part.tensors if files.get(tensor) != name]
         if extra:
-            raise UsageError(f"{part.path}: {path.name} does not list {_some(extra)}; they do not belong together.")
+            raise UsageError(
+                f"{path.parent / name}: {path.name} does not list {_some(extra)}; they do not belong together."
+            )
         tensors |= part.tensors
         metadata |= part.metadata
     missing = [tensor for tensor in files if tensor not in tensors]
     if missing:
         raise UsageError(f"{path}: {_some(missing)} are not in the files that it names; they do not belong together.")
-    return Weights(path, {name: tensors[name] for name in files}, metadata=metadata)
+    return Weights({name: tensors[name] for name in files}, metadata=metadata)
 
 
 def _read_json(path: pathlib.Path, what: str) -> dict[str, Any]:

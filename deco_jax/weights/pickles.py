@@ -8,8 +8,8 @@ shorter, but then safety hangs on one hook while the machine around it goes on c
 is looked up in `admitted.ADMITTED` and becomes a stand-in of ours; nothing is ever imported; nothing but a stand-in can
 be called; every opcode spends from a budget, so reading ends.
 
-What comes back is plain: dict, list, tuple, set, str, bytes, numbers, None, NumPy arrays, and lazy `Tensor`s, in a tree
-of bounded depth and bounded unfolded size, so that code that walks it ends as well.
+What comes back is plain: dict, list, tuple, str, bytes, numbers, None and lazy `Tensor`s, with `LeftOut` for all else,
+in a tree of bounded depth and bounded unfolded size, so that code that walks it ends as well.
 """
 
 import pickletools
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from deco_jax.errors import UsageError
-from deco_jax.weights.admitted import ADMITTED, Admitted, Attributes, Buildable
+from deco_jax.weights.admitted import ADMITTED, Admitted, LeftOut
 from deco_jax.weights.budget import MAX_STEPS, Budget
 from deco_jax.weights.tensors import Storage, Tensor, short
 
@@ -25,8 +25,7 @@ MAX_PICKLE = 64 * 2**20  # bytes; a Lightning checkpoint of 2,000 tensors has 0.
 MAX_BITS = 256  # of an integer; torch's magic number has 77, a NumPy generator's state 128
 MAX_DEPTH = 100
 
-_MISSING = object()
-_PLAIN = (str, bytes, int, float, complex, bool, type(None), Tensor)
+_PLAIN = (str, bytes, int, float, bool, type(None), Tensor, LeftOut)
 
 
 class Unpickler:
@@ -43,7 +42,6 @@ class Unpickler:
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []  # stacks below the marks
         self._memo: dict[int, Any] = {}
-        self._result: Any = None
 
     def load(self) -> Any:
         """The next pickle's content.
@@ -63,37 +61,26 @@ class Unpickler:
             if isinstance(e, UsageError):
                 raise
             raise UsageError(f"the pickle inside is damaged or truncated ({short(str(e))}).") from None
+        (result,) = self._take(1)
         if self._marked or self._stack:
             raise UsageError("the pickle inside is damaged: it ends with work left over.")
-        return _Plain().convert(self._result, 0)[0]
-
-    # The opcodes.
+        _measure(result, 0, {})
+        return result
 
     def _push(self, value: Any) -> None:
         self._stack.append(value)
 
-    def _push_int(self, value: int) -> None:
-        if value.bit_length() > MAX_BITS:
-            raise UsageError(f"the pickle inside holds {short(value)}; at most {MAX_BITS} are read.")
-        self._stack.append(value)
-
-    def _push_text(self, value: str) -> None:
-        if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                raise UsageError(f"the pickle inside holds the text {short(value)}, which is not Unicode.") from None
-        self._stack.append(value)
-
-    def _pop(self) -> Any:
-        if not self._stack:
+    def _take(self, count: int | None = None) -> list[Any]:
+        """The last `count` values, or those since the last mark, and the mark; they leave the stack."""
+        if count is None:
+            if not self._marked:
+                raise UsageError("the pickle inside is damaged: an opcode finds no mark on the stack.")
+            items, self._stack = self._stack, self._marked.pop()
+            return items
+        if len(self._stack) < count:
             raise UsageError("the pickle inside is damaged: an opcode finds nothing on the stack.")
-        return self._stack.pop()
-
-    def _pop_marked(self) -> list[Any]:
-        if not self._marked:
-            raise UsageError("the pickle inside is damaged: an opcode finds no mark on the stack.")
-        items, self._stack = self._stack, self._marked.pop()
+        items = self._stack[-count:]
+        del self._stack[-count:]
         return items
 
     def _top(self, kind: Any, doing: str) -> Any:
@@ -102,22 +89,23 @@ class Unpickler:
             raise UsageError(f"the pickle inside {doing} {found}, which is not admitted.")
         return self._stack[-1]
 
+    # The opcodes that are more than a line.
+
+    def _push_int(self, value: int) -> None:
+        if value.bit_length() > MAX_BITS:
+            raise UsageError(f"the pickle inside holds {short(value)}; at most {MAX_BITS} are read.")
+        self._push(value)
+
+    def _push_text(self, value: str) -> None:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"the pickle inside holds the text {short(value)}, which is not Unicode.") from None
+        self._push(value)
+
     def _mark(self, _: None) -> None:
         self._marked.append(self._stack)
         self._stack = []
-
-    def _pop_one(self, _: None) -> None:
-        if self._stack:
-            self._stack.pop()
-        else:
-            self._pop_marked()
-
-    def _duplicate(self, _: None) -> None:
-        self._push(self._top(object, "duplicates"))
-
-    def _tuple_of(self, count: int) -> None:
-        items = [self._pop() for _ in range(count)]
-        self._push(tuple(reversed(items)))
 
     def _append(self, items: list[Any]) -> None:
         self._top(list, "appends to").extend(items)
@@ -127,27 +115,16 @@ class Unpickler:
         if len(items) % 2:
             raise UsageError("the pickle inside is damaged: a key has no value.")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            target[self._budget.key(key)] = value
-
-    def _add_items(self, items: list[Any]) -> None:
-        self._top(set, "adds members to").update([self._budget.key(item) for item in items])
-
-    def _new_dict(self, items: list[Any]) -> None:
-        self._push({})
-        self._set_items(items)
-
-    def _set_item(self, _: None) -> None:
-        value, key = self._pop(), self._pop()
-        self._set_items([key, value])
+            if not isinstance(key, LeftOut):
+                target[self._budget.key(key)] = value
 
     def _put(self, index: int | None) -> None:
         self._memo[len(self._memo) if index is None else index] = self._top(object, "remembers")
 
     def _get(self, index: int) -> None:
-        value = self._memo.get(index, _MISSING)
-        if value is _MISSING:
+        if index not in self._memo:
             raise UsageError(f"the pickle inside is damaged: it recalls item {short(index)}, which it never stored.")
-        self._push(value)
+        self._push(self._memo[index])
 
     def _global(self, name: str) -> None:
         """`name` is "module attribute"."""
@@ -162,114 +139,88 @@ class Unpickler:
         self._push(found)
 
     def _stack_global(self, _: None) -> None:
-        name, module = self._pop(), self._pop()
+        module, name = self._take(2)
         if type(name) is not str or type(module) is not str:
             raise UsageError("the pickle inside is damaged: a name is not text.")
         self._global(f"{module} {name}")
 
     def _reduce(self, _: None) -> None:
-        arguments, function = self._pop(), self._pop()
+        function, arguments = self._take(2)
         if not isinstance(function, Admitted) or not isinstance(arguments, tuple):
             raise UsageError(f"the pickle inside calls {short(function)}({short(arguments)}), which is not admitted.")
         self._push(function(self._budget, arguments))
 
     def _build(self, _: None) -> None:
-        """Sets an object's attributes. A dict's (state_dict's `_metadata`) say nothing about the weights: left out."""
-        state, target = self._pop(), self._top(dict | Buildable, "sets attributes of")
-        if isinstance(target, Buildable):
-            target.build(self._budget, state)
-        elif isinstance(target, Attributes) and isinstance(state, dict):
-            self._budget.spend(len(state))
-            target.update({self._budget.key(k): v for k, v in state.items()})
+        """Sets an object's attributes, which are left out, but for the byte order of a NumPy type."""
+        (state,), target = self._take(1), self._top(dict | LeftOut, "sets attributes of")
+        if isinstance(target, LeftOut) and target.number is not None and isinstance(state, tuple) and ">" in state[:2]:
+            target.number = target.number.newbyteorder(">")
 
     def _persistent(self, _: None) -> None:
-        identifier = self._pop()
+        (identifier,) = self._take(1)
         if not isinstance(identifier, tuple):
             raise UsageError(f"the pickle inside refers to {short(identifier)} outside it; only storages are admitted.")
         self._push(self._find_storage(identifier))
 
-    def _stop(self, _: None) -> None:
-        self._result = self._pop()
+
+def _measure(value: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """(height, number of values) of a tree as it would unfold, once all of it is plain and within the limits.
+
+    Args:
+      value: that stands `depth` containers deep.
+      known: by id, so that a container is looked into once; the tree keeps all of them alive.
+    """
+    if isinstance(value, _PLAIN):
+        return 0, 1
+    if not isinstance(value, dict | list | tuple):
+        shown = value.name if isinstance(value, Admitted) else f"a {type(value).__name__}"
+        raise UsageError(f"it holds {shown} where a value is expected, which is not admitted.")
+    if depth <= MAX_DEPTH and id(value) not in known:
+        items = value.values() if isinstance(value, dict) else value
+        parts = [_measure(item, depth + 1, known) for item in items]
+        known[id(value)] = 1 + max((part[0] for part in parts), default=0), 1 + sum(part[1] for part in parts)
+    height, size = known.get(id(value), (1, 1))
+    if depth + height > MAX_DEPTH:
+        raise UsageError(f"its containers are nested more than {MAX_DEPTH} deep, or hold themselves.")
+    if size > MAX_STEPS:
+        raise UsageError(f"its containers unfold to more than {MAX_STEPS} values, the limit.")
+    return height, size
 
 
-class _Plain:
-    """Turns what the stand-ins left behind into plain values, once each, and measures the tree as it would unfold."""
-
-    def __init__(self):
-        self._done: dict[int, tuple[Any, int, int, Any]] = {}  # id → result, height, size, the value (to keep its id)
-
-    def convert(self, value: Any, depth: int) -> tuple[Any, int, int]:
-        """(plain value, its height, its nodes)."""
-        if isinstance(value, _PLAIN):
-            return value, 0, 1
-        if depth > MAX_DEPTH:
-            raise UsageError(f"its containers are nested more than {MAX_DEPTH} deep, or hold themselves.")
-        if id(value) not in self._done:
-            self._done[id(value)] = (*self._convert(value, depth), value)
-        result, height, size, _ = self._done[id(value)]
-        if depth + height > MAX_DEPTH:
-            raise UsageError(f"its containers are nested more than {MAX_DEPTH} deep.")
-        return result, height, size
-
-    def _convert(self, value: Any, depth: int) -> tuple[Any, int, int]:
-        if isinstance(value, Buildable):
-            return value.plain, 0, 1
-        if isinstance(value, set | frozenset):
-            return value, 1, 1 + len(value)
-        if not isinstance(value, dict | list | tuple):
-            shown = value.name if isinstance(value, Admitted) else f"a {type(value).__name__}"
-            raise UsageError(f"it holds {shown} where a value is expected, which is not admitted.")
-        items = list(value.values() if isinstance(value, dict) else value)
-        parts = [self.convert(item, depth + 1) for item in items]
-        height = 1 + max((part[1] for part in parts), default=0)
-        size = 1 + sum(part[2] for part in parts)
-        if size > MAX_STEPS:
-            raise UsageError(f"its containers unfold to more than {MAX_STEPS} values, the limit.")
-        plain = [part[0] for part in parts]
-        if isinstance(value, dict):
-            return dict(zip(value, plain, strict=True)), height, size
-        return (tuple(plain) if isinstance(value, tuple) else plain), height, size
-
-
-_Act = Callable[[Unpickler, Any], None]
-
-_ACTS: dict[str, _Act] = {
-    **dict.fromkeys(("PROTO", "FRAME"), lambda u, _: None),
+# Those of protocols 1 to 5; what only protocol 0 writes is not admitted, as torch.save cannot write tensors in it.
+_ACTS: dict[str, Callable[[Unpickler, Any], None]] = {
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda u, _: None),
     **dict.fromkeys(("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"), Unpickler._push_int),
-    **dict.fromkeys(("STRING", "BINSTRING", "SHORT_BINSTRING"), Unpickler._push_text),  # Python 2's
-    **dict.fromkeys(("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"), Unpickler._push_text),
-    **dict.fromkeys(("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "FLOAT", "BINFLOAT"), Unpickler._push),
+    **dict.fromkeys(("BINSTRING", "SHORT_BINSTRING"), Unpickler._push_text),  # Python 2's
+    **dict.fromkeys(("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"), Unpickler._push_text),
+    **dict.fromkeys(("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BINFLOAT"), Unpickler._push),
     "BYTEARRAY8": lambda u, value: u._push(bytes(value)),
     "NONE": lambda u, _: u._push(None),
     "NEWTRUE": lambda u, _: u._push(True),
     "NEWFALSE": lambda u, _: u._push(False),
     "MARK": Unpickler._mark,
-    "POP": Unpickler._pop_one,
-    "POP_MARK": lambda u, _: u._pop_marked(),
-    "DUP": Unpickler._duplicate,
+    "POP": lambda u, _: u._take(1 if u._stack else None),
+    "POP_MARK": lambda u, _: u._take(),
     "EMPTY_TUPLE": lambda u, _: u._push(()),
     "EMPTY_LIST": lambda u, _: u._push([]),
     "EMPTY_DICT": lambda u, _: u._push({}),
-    "EMPTY_SET": lambda u, _: u._push(set()),
-    "TUPLE": lambda u, _: u._push(tuple(u._pop_marked())),
-    "TUPLE1": lambda u, _: u._tuple_of(1),
-    "TUPLE2": lambda u, _: u._tuple_of(2),
-    "TUPLE3": lambda u, _: u._tuple_of(3),
-    "LIST": lambda u, _: u._push(u._pop_marked()),
-    "DICT": lambda u, _: u._new_dict(u._pop_marked()),
-    "FROZENSET": lambda u, _: u._push(frozenset([u._budget.key(item) for item in u._pop_marked()])),
-    "APPEND": lambda u, _: u._append([u._pop()]),
-    "APPENDS": lambda u, _: u._append(u._pop_marked()),
-    "SETITEM": Unpickler._set_item,
-    "SETITEMS": lambda u, _: u._set_items(u._pop_marked()),
-    "ADDITEMS": lambda u, _: u._add_items(u._pop_marked()),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), Unpickler._put),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), Unpickler._get),
+    "TUPLE": lambda u, _: u._push(tuple(u._take())),
+    "TUPLE1": lambda u, _: u._push(tuple(u._take(1))),
+    "TUPLE2": lambda u, _: u._push(tuple(u._take(2))),
+    "TUPLE3": lambda u, _: u._push(tuple(u._take(3))),
+    "APPEND": lambda u, _: u._append(u._take(1)),
+    "APPENDS": lambda u, _: u._append(u._take()),
+    "SETITEM": lambda u, _: u._set_items(u._take(2)),
+    "SETITEMS": lambda u, _: u._set_items(u._take()),
+    "EMPTY_SET": lambda u, _: u._push(LeftOut()),
+    "ADDITEMS": lambda u, _: u._take(),
+    "FROZENSET": lambda u, _: u._push(LeftOut(*u._take())),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT", "MEMOIZE"), Unpickler._put),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), Unpickler._get),
     "GLOBAL": Unpickler._global,
     "STACK_GLOBAL": Unpickler._stack_global,
     "REDUCE": Unpickler._reduce,
     "NEWOBJ": Unpickler._reduce,
     "BUILD": Unpickler._build,
     "BINPERSID": Unpickler._persistent,
-    "STOP": Unpickler._stop,
 }

@@ -6,29 +6,11 @@ The package's own arrays are not used: without torch it cannot make those of bfl
 import safetensors
 
 from deco_jax.errors import UsageError
-from deco_jax.weights.tensors import DTYPES, MappedFile, Storage, Tensor, make_tensor, naming, short
+from deco_jax.weights.tensors import DTYPES, TYPES, MappedFile, Storage, Tensor, make_tensor, short
 
 MAX_HEADER = 8 * 2**20  # bytes of JSON; some 70,000 tensors
 
-# Safetensors' name of an element type → PyTorch's.
-SAFETENSORS_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "C64": "complex64",
-}
+_DTYPES = {theirs: DTYPES[name] for name, theirs, _ in TYPES if theirs}
 
 
 def is_safetensors(file: MappedFile) -> bool:
@@ -40,30 +22,27 @@ def read_safetensors(file: MappedFile) -> tuple[dict[str, Tensor], dict[str, str
     """(Tensors by name in the order in which they lie in the file, the file's own metadata).
 
     Raises:
-      UsageError: the file is damaged, or has types that are not read; the message names the file.
+      UsageError: the file is damaged, or has types that are not read.
     """
-    with naming(file.path):
-        if file.size < 8 or _header_length(file) > file.size - 8:
-            raise UsageError("a safetensors file whose header is cut short, or no safetensors file at all.")
-        if _header_length(file) > MAX_HEADER:
-            raise UsageError(f"a safetensors header of {_header_length(file)} bytes; at most {MAX_HEADER} are read.")
-        try:
-            with safetensors.safe_open(file.path, "numpy") as header:
-                metadata = header.metadata() or {}
-                listed = [(name, header.get_slice(name)) for name in header.offset_keys()]
-                listed = [(name, entry.get_dtype(), entry.get_shape()) for name, entry in listed]
-        except (safetensors.SafetensorError, OSError) as e:
-            raise UsageError(f"a safetensors file that is damaged ({short(str(e), 200)}).") from None
-        tensors, start = {}, 8 + _header_length(file)
-        for name, dtype, shape in listed:  # the tensors' bytes follow each other without a gap, as was checked
-            if dtype not in SAFETENSORS_DTYPES:
-                raise UsageError(
-                    f"{short(name)} has the type {dtype!r}; those read are {', '.join(SAFETENSORS_DTYPES)}."
-                )
-            storage = Storage(file, name, DTYPES[SAFETENSORS_DTYPES[dtype]], file.size - start, start)
-            tensors[name] = make_tensor(storage, storage.dtype, shape)
-            start += tensors[name].nbytes
-        return tensors, metadata
+    if file.size < 8 or _header_length(file) > file.size - 8:
+        raise UsageError("a safetensors file whose header is cut short, or no safetensors file at all.")
+    if _header_length(file) > MAX_HEADER:
+        raise UsageError(f"a safetensors header of {_header_length(file)} bytes; at most {MAX_HEADER} are read.")
+    try:
+        with safetensors.safe_open(file.path, "numpy") as header:
+            metadata = header.metadata() or {}
+            listed = [(name, header.get_slice(name)) for name in header.offset_keys()]
+            listed = [(name, entry.get_dtype(), entry.get_shape()) for name, entry in listed]
+    except (safetensors.SafetensorError, OSError) as e:
+        raise UsageError(f"a safetensors file that is damaged ({short(str(e), 200)}).") from None
+    tensors, start = {}, 8 + _header_length(file)
+    for name, dtype, shape in listed:  # the tensors' bytes follow each other without a gap, as was checked
+        if dtype not in _DTYPES:
+            raise UsageError(f"{short(name)} has the type {dtype!r}; those read are {', '.join(_DTYPES)}.")
+        storage = Storage(file, name, _DTYPES[dtype], file.size - start, start)
+        tensors[name] = make_tensor(storage, storage.dtype, shape)
+        start += tensors[name].nbytes
+    return tensors, metadata
 
 
 def _header_length(file: MappedFile) -> int:

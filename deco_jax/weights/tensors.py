@@ -22,15 +22,27 @@ from deco_jax.errors import UsageError
 MAX_DIMENSIONS = 32
 MAX_ELEMENTS = 2**48  # of a shape whose zeros count as ones: NumPy and its callers multiply them
 
-# PyTorch's name of an element type → NumPy's type, which has the same name (bool aside) there or in ml_dtypes.
-DTYPES = {
-    name: np.dtype(getattr(ml_dtypes, name, name))
-    for name in (
-        *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
-        *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
-        *("bool", "complex64", "complex128"),
-    )
-}
+# PyTorch's name of an element type, safetensors' name, and the class that PyTorch's pickles give its storages.
+TYPES = (
+    ("float64", "F64", "DoubleStorage"),
+    ("float32", "F32", "FloatStorage"),
+    ("float16", "F16", "HalfStorage"),
+    ("bfloat16", "BF16", "BFloat16Storage"),
+    ("float8_e4m3fn", "F8_E4M3", None),
+    ("float8_e5m2", "F8_E5M2", None),
+    ("int64", "I64", "LongStorage"),
+    ("int32", "I32", "IntStorage"),
+    ("int16", "I16", "ShortStorage"),
+    ("int8", "I8", "CharStorage"),
+    ("uint64", "U64", None),
+    ("uint32", "U32", None),
+    ("uint16", "U16", None),
+    ("uint8", "U8", "ByteStorage"),
+    ("bool", "BOOL", "BoolStorage"),
+    ("complex64", "C64", "ComplexFloatStorage"),
+    ("complex128", None, "ComplexDoubleStorage"),
+)
+DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name, _, _ in TYPES}  # by PyTorch's name
 
 
 class MappedFile:
@@ -61,12 +73,6 @@ class MappedFile:
         if not 0 <= start <= stop <= self.size:
             raise UsageError(f"bytes {start} to {stop} were asked for; the file ends at {self.size}: it is truncated.")
         return memoryview(self.map)[start:stop]
-
-    def release(self, start: int, stop: int) -> None:
-        """Lets go of the pages from `start` to `stop`; they are read again when next looked at."""
-        start -= start % mmap.PAGESIZE
-        if start < stop and hasattr(mmap, "MADV_DONTNEED"):
-            self.map.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
 @dataclass(eq=False, slots=True)
@@ -104,14 +110,11 @@ class Tensor:
         last = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         start = self.storage.start + self.offset * itemsize
         stop = start + (last + 1) * itemsize
-        with naming(file.path):
-            strides = [s * itemsize for s in self.strides]
-            array = np.array(np.ndarray(self.shape, self.dtype, file.window(start, stop), strides=strides), order="C")
-        file.release(start, stop)
-        width = itemsize // (2 if self.dtype.kind == "c" else 1)
-        if self.storage.big_endian and width > 1:
-            array.reshape(-1).view(f"u{width}").byteswap(inplace=True)
-        return array
+        strides = [s * itemsize for s in self.strides]
+        array = np.array(np.ndarray(self.shape, self.dtype, file.window(start, stop), strides=strides), order="C")
+        start -= start % mmap.PAGESIZE
+        file.map.madvise(mmap.MADV_DONTNEED, start, stop - start)  # they are read again when next looked at
+        return array.byteswap(inplace=True) if self.storage.big_endian else array
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         array = self.numpy()
@@ -126,7 +129,14 @@ def make_tensor(
     Raises:
       UsageError: they do not.
     """
-    shape, size = check_shape(shape)
+    if not isinstance(shape, tuple | list) or not all(type(n) is int for n in shape[:MAX_DIMENSIONS]):
+        raise UsageError(f"a shape is {short(shape)}, not a list of numbers: the file is damaged.")
+    if len(shape) > MAX_DIMENSIONS or any(n < 0 for n in shape) or math.prod(max(n, 1) for n in shape) > MAX_ELEMENTS:
+        raise UsageError(
+            f"a shape is {short(shape)}; at most {MAX_DIMENSIONS} axes, none negative, and {MAX_ELEMENTS} elements are "
+            "read: the file is damaged."
+        )
+    shape = tuple(shape)
     if strides is None:
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     where = f"a tensor of shape {shape}"
@@ -137,24 +147,12 @@ def make_tensor(
         raise UsageError(f"{where} has a negative stride or offset: the file is damaged.")
     strides = tuple(0 if n <= 1 else s for n, s in zip(shape, strides, strict=True))  # never stepped along
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    if size and (last + 1) * dtype.itemsize > storage.nbytes:
+    if math.prod(shape) and (last + 1) * dtype.itemsize > storage.nbytes:
         raise UsageError(
             f"{where} ({dtype}) needs {short((last + 1) * dtype.itemsize)} bytes of storage {short(storage.key)}, "
             f"which has {storage.nbytes}: the file is damaged."
         )
     return Tensor(storage, dtype, shape, strides, offset)
-
-
-def check_shape(shape: Any) -> tuple[tuple[int, ...], int]:
-    """(`shape` as a tuple, number of elements), once it is a shape that a tensor can have."""
-    if not isinstance(shape, tuple | list) or not all(type(n) is int for n in shape[:MAX_DIMENSIONS]):
-        raise UsageError(f"a shape is {short(shape)}, not a list of numbers: the file is damaged.")
-    if len(shape) > MAX_DIMENSIONS or any(n < 0 for n in shape) or math.prod(max(n, 1) for n in shape) > MAX_ELEMENTS:
-        raise UsageError(
-            f"a shape is {short(shape)}; at most {MAX_DIMENSIONS} axes, none negative, and {MAX_ELEMENTS} elements are "
-            "read: the file is damaged."
-        )
-    return tuple(shape), math.prod(shape)
 
 
 def short(value: Any, limit: int = 80) -> str:
@@ -175,10 +173,8 @@ def short(value: Any, limit: int = 80) -> str:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Puts the file's name before the message of a UsageError, once."""
+    """Puts the file's name before the message of a UsageError."""
     try:
         yield
     except UsageError as e:
-        if str(e).startswith(f"{path}: "):
-            raise
         raise UsageError(f"{path}: {e}") from None

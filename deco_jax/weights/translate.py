@@ -55,6 +55,11 @@ def counts_of(table: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -
     return counts
 
 
+def count_blocks(pattern: str, names: Iterable[str]) -> int:
+    """One more than the largest number that `pattern` finds in PyTorch's names; gaps turn up as missing tensors."""
+    return max((int(found[1]) + 1 for name in names if (found := re.match(pattern, name))), default=0)
+
+
 def from_torch(
     table: Mapping[str, str], tensors: Mapping[str, Any], like: Any, watch: Callable[[Iterable], Iterable] = iter
 ) -> Any:
@@ -76,7 +81,7 @@ def from_torch(
     places = {name: _place(*place) for name, *place in expand(table, counts_of(table, shapes))}
     problems = [f"unexpected {name}" for name in sorted(set(tensors) - set(places))]
     for name, (path, index) in places.items():
-        shape = _torch_shape(path, _shape_at(index, shapes[path]))
+        shape = _torch_shape(path, np.broadcast_to(0, shapes[path])[index].shape)
         if name not in tensors:
             problems.append(f"missing {name} {shape}")
         elif tuple(tensors[name].shape) != shape:
@@ -119,12 +124,6 @@ def _place(path: str, layer: int | None) -> tuple[str, tuple[int | slice, ...]]:
     if part:
         index += (slice(None), int(part)) if path.endswith("/kernel") else (int(part),)
     return path, index
-
-
-def _shape_at(index: tuple[int | slice, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of `array[index]`."""
-    kept = [n for n, i in zip(shape, index, strict=False) if isinstance(i, slice)]
-    return (*kept, *shape[len(index) :])
 
 
 def _torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:

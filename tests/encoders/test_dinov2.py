@@ -13,6 +13,7 @@ from deco_jax.encoders.dinov2.model import SIZES, DINOv2, prepare_image
 from deco_jax.encoders.dinov2.weights import from_tensors, parameter_shapes, read_dinov2
 from deco_jax.errors import UsageError
 from deco_jax.parallel import mesh as meshes
+from deco_jax.weights.files import open_weights
 from tests.helpers import Golden, relative_error
 
 HEADS = 2  # of the recorded network, whose width of 32 does not tell
@@ -146,8 +147,7 @@ def test_files_of_both_kinds_give_the_recorded_features(recorded, tmp_path):
         folder / "model.safetensors",
     )
     (folder / "config.json").write_text(json.dumps({"num_attention_heads": HEADS, "hidden_act": "gelu"}))
-    for path, heads in ((official, HEADS), (folder, None)):
-        model, params = read_dinov2(path, heads=heads)
+    for model, params in (from_tensors(open_weights(official).tensors, HEADS), read_dinov2(folder)):
         assert model.dtype == jnp.bfloat16
         assert relative_error(features_of(model, params, recorded.image("image")), recorded["features"]) < 2e-6
 

@@ -1,7 +1,5 @@
 """The teacher of a run: found, checked, the same whatever its file, and part of the training step."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +15,6 @@ from deco_jax.encoders.teacher import default_teacher, find_weights, load_teache
 from deco_jax.errors import UsageError
 from deco_jax.models.flops import forward_flops
 from deco_jax.parallel import mesh as meshes
-from deco_jax.training.state import init_state
 from deco_jax.training.step import make_train_step, step_flops
 from tests.helpers import random_dinov2, relative_error
 
@@ -49,8 +46,7 @@ def test_a_step_with_the_live_teacher_is_one_with_its_features(aligned):
     assert features.shape == (4, 4, WIDTH)
 
     stored = make_train_step(aligned)
-    make = functools.partial(init_state, jax.random.key(0), stored.network, stored.projector, stored.optimizer, 32)
-    shapes = jax.eval_shape(lambda: nn.meta.unbox(make()))
+    shapes = jax.eval_shape(lambda: nn.meta.unbox(stored.initial_state()))
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), shapes.params)
     state = state.replace(params=params, ema=params["network"])

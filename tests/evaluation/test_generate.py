@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.digits import DigitClassifier
 from deco_jax.config import default_config
 from deco_jax.data.sources import Digits
 from deco_jax.diffusion.flow import to_uint8
-from deco_jax.evaluation.digits import DigitClassifier
 from deco_jax.evaluation.generate import _grid_by_label, generate
 from deco_jax.sampling.pictures import make_grid, save_png
 from deco_jax.sampling.sample import image_noise, sample

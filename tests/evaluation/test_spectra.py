@@ -228,7 +228,7 @@ def test_the_command(tmp_path, capsys, baseline):
         ),
         (["--against", "none"], "none does not exist"),
         (["--against", LIGHTNING], "lightning_c2i.ckpt is given twice"),
-        (["--out", __file__], "test_spectra.py is a file"),
+        (["--out", __file__], "test_spectra.py is no folder"),
         (["--out", f"{__file__}/out"], "test_spectra.py/out cannot be made: Not a directory"),
     ],
 )

@@ -16,7 +16,6 @@ from PIL import Image
 
 import deco_jax
 from deco_jax.pretrained import names
-from deco_jax.training.state import init_state
 from deco_jax.training.step import make_train_step
 
 torch = pytest.importorskip("torch", reason="needs the extra `torch`")
@@ -159,9 +158,7 @@ def test_weights_we_trained_give_the_same_velocities_in_both(tiny_config, tmp_pa
     draw = np.random.default_rng(0)
     labels = draw.integers(0, 11, 16).astype(np.int32)
     batch = {"image": draw.integers(0, 256, (16, 28, 28, 3), np.uint8), "label": labels % 10}
-    state = jax.eval_shape(
-        lambda: nn.meta.unbox(init_state(jax.random.key(0), train_step.network, None, train_step.optimizer, 28))
-    )
+    state = jax.eval_shape(lambda: nn.meta.unbox(train_step.initial_state()))
     network_params = jax.tree.map(lambda p: draw.normal(0, 0.2, p.shape).astype(np.float32), state.ema)
     state = jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), state)
     state = state.replace(params=state.params | {"network": network_params}, ema=network_params)

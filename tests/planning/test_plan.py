@@ -81,12 +81,10 @@ def test_memory_is_that_of_the_runs_arguments(simulated):
             assert 4 * parameters / 8 <= memory["parameters"] < 0.3 * 4 * parameters, "most divides by 8"
 
 
-def test_temporaries_hold_the_arrays_of_the_program(simulated):
+def test_temporaries_hold_the_gradients(simulated):
     """They were once 212 KiB beside arrays of 36 MiB: XLA's peak on a CPU does not count them."""
     for report in simulated.values():
-        largest = report["buffers"][0]
-        assert not largest["op_name"].startswith(("state", "batch")), "an argument; this needs another configuration"
-        assert report["memory"]["temporaries"] >= largest["bytes"] > 0
+        assert report["memory"]["temporaries"] >= report["memory"]["parameters"], "fp32, as large as the parameters"
 
 
 def test_communication_is_that_of_the_layout(simulated):

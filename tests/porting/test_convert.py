@@ -6,6 +6,7 @@ import stat
 
 import jax
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -15,7 +16,6 @@ from deco_jax.cli import main
 from deco_jax.errors import UsageError
 from deco_jax.parallel.mesh import make_layout
 from deco_jax.porting import convert as module
-from deco_jax.porting import moments
 from deco_jax.porting.bundle import Bundle
 from deco_jax.porting.convert import convert, read, write_checkpoint
 from deco_jax.pretrained import names, networks
@@ -141,7 +141,9 @@ def test_one_more_step_is_the_step_that_torch_takes(workdir):
     train_step = make_train_step(bundle.config)
     params = {"network": bundle.online, "projector": bundle.projector}
     zero = np.int32(0)
-    opt_state = moments.fill(abstract_on_host(bundle.config).opt_state, *bundle.moments)
+    count, mu, nu = bundle.moments
+    opt_state = abstract_on_host(bundle.config).opt_state
+    opt_state = optax.tree_utils.tree_set(opt_state, count=np.int32(count), mu=mu, nu=nu)
     state = TrainState(np.int32(bundle.step), params, bundle.ema, opt_state, zero, zero)
 
     def cut(prefix):

@@ -11,7 +11,6 @@ import pytest
 from flax import linen as nn
 
 from deco_jax.training.optimizer import clip, learning_rate, make_optimizer
-from deco_jax.training.state import init_state
 from deco_jax.training.step import make_train_step
 from tests.helpers import relative_error
 
@@ -20,11 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 def shaken(train_step):
     """A state off the published initialisation, which predicts exactly 0: every parameter has a gradient."""
-    state = jax.eval_shape(
-        lambda: nn.meta.unbox(
-            init_state(jax.random.key(0), train_step.network, train_step.projector, train_step.optimizer, 28)
-        )
-    )
+    state = jax.eval_shape(lambda: nn.meta.unbox(train_step.initial_state()))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: rng.normal(0, 0.2, p.shape).astype(np.float32), state.params)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
@@ -80,10 +75,7 @@ def test_ema_starts_at_the_parameters_and_decays_as_told(tiny_config):
     """Guards against an average that starts at zero, and one whose warm-up counts skipped steps."""
     tiny_config.ema.decay = 0.75
     train_step = make_train_step(tiny_config)
-    make = jax.jit(
-        lambda: nn.meta.unbox(init_state(jax.random.key(0), train_step.network, None, train_step.optimizer, 28))
-    )
-    start = make()
+    start = jax.jit(lambda: nn.meta.unbox(train_step.initial_state()))()
     chex.assert_trees_all_equal(start.ema, start.params["network"])
     gradients = jax.tree.map(jnp.ones_like, start.params)
     for warmup, decay in ((False, 0.75), (True, 0.1)):

@@ -7,13 +7,13 @@ Weights come from `dinov2/weights.py`. Axis letters as in `models/layers.py`; R 
 from typing import Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from deco_jax.encoders.dinov2.bicubic import resize_bicubic
 from deco_jax.errors import UsageError
+from deco_jax.models.dit import Attention
 from deco_jax.models.layers import Linear, layer_norm, to_patches
 
 # The published sizes; all have patches of 14 pixels and a table of 37×37 positions.
@@ -57,25 +57,6 @@ def forward_flops(model: "DINOv2", height: int, width: int) -> float:
     return 2.0 * (model.depth * block + patches * 3 * model.patch_size**2 * d)
 
 
-class Attention(nn.Module):
-    """Self-attention, scale 1/√e, with biases."""
-
-    heads: int
-    dtype: jnp.dtype
-    implementation: str | None
-
-    @nn.compact
-    def __call__(self, x_BxNxD: Array) -> Array:
-        """(B, N, D) → (B, N, D)."""
-        width = x_BxNxD.shape[-1]
-        axes = ("width", None, "heads", "head_dim")
-        qkv = Linear((3, self.heads, width // self.heads), axes, dtype=self.dtype, name="qkv")(x_BxNxD)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        out_BxNxHxE = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
-        out = Linear(width, ("heads_out", "width"), dtype=self.dtype, name="out")
-        return out(out_BxNxHxE.reshape(x_BxNxD.shape))
-
-
 class Mlp(nn.Module):
     """down(GELU(in x)) with the exact, erf GELU; or SwiGLU, down(SiLU(a)·b) with (a, b) = in x. With biases."""
 
@@ -109,7 +90,8 @@ class Block(nn.Module):
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("width",))
         scale_a, scale_m = (self.param(f"{of}_scale", ones, s_BxNxD.shape[-1:]) for of in ("attention", "mlp"))
         h = layer_norm("width", self.dtype, "attention_norm")(s_BxNxD)
-        s_BxNxD = s_BxNxD + scale_a * Attention(self.heads, self.dtype, self.attention, name="attention")(h)
+        attention = Attention(self.heads, self.dtype, self.attention, use_bias=True, name="attention")
+        s_BxNxD = s_BxNxD + scale_a * attention(h)
         h = layer_norm("width", self.dtype, "mlp_norm")(s_BxNxD)
         s_BxNxD = s_BxNxD + scale_m * Mlp(self.mlp, self.dtype, name="mlp")(h)
         return nn.with_logical_constraint(s_BxNxD, ("batch", "tokens", "activation_width")), None

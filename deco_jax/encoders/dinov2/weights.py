@@ -8,12 +8,11 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from deco_jax.encoders.dinov2.model import DINOv2
@@ -31,7 +30,7 @@ HEAD_DIM = 64  # of all published sizes
 
 LIMITS = {"width": 10**5, "depth": 1000, "patch_size": 128, "table_side": 1024, "registers": 1024}  # what is built
 
-# A file's name → our path, both in full; those of the MLP, of which a network has one kind or the other, stand apart.
+# A file's name → our path, both in full; of the names of the MLP's two kinds a network has one or the other.
 _OFFICIAL = {
     "cls_token": "class_token",
     "pos_embed": "positions",
@@ -48,22 +47,16 @@ _OFFICIAL = {
     "blocks.{i}.norm2.weight": "blocks/mlp_norm/scale",
     "blocks.{i}.norm2.bias": "blocks/mlp_norm/bias",
     "blocks.{i}.ls2.gamma": "blocks/mlp_scale",
+    "blocks.{i}.mlp.fc1.weight": "blocks/mlp/in/kernel",
+    "blocks.{i}.mlp.fc1.bias": "blocks/mlp/in/bias",
+    "blocks.{i}.mlp.fc2.weight": "blocks/mlp/down/kernel",
+    "blocks.{i}.mlp.fc2.bias": "blocks/mlp/down/bias",
+    "blocks.{i}.mlp.w12.weight": "blocks/mlp/in/kernel",
+    "blocks.{i}.mlp.w12.bias": "blocks/mlp/in/bias",
+    "blocks.{i}.mlp.w3.weight": "blocks/mlp/down/kernel",
+    "blocks.{i}.mlp.w3.bias": "blocks/mlp/down/bias",
     "norm.weight": "norm/scale",
     "norm.bias": "norm/bias",
-}
-_OFFICIAL_MLP = {
-    "gelu": {
-        "blocks.{i}.mlp.fc1.weight": "blocks/mlp/in/kernel",
-        "blocks.{i}.mlp.fc1.bias": "blocks/mlp/in/bias",
-        "blocks.{i}.mlp.fc2.weight": "blocks/mlp/down/kernel",
-        "blocks.{i}.mlp.fc2.bias": "blocks/mlp/down/bias",
-    },
-    "swiglu": {
-        "blocks.{i}.mlp.w12.weight": "blocks/mlp/in/kernel",
-        "blocks.{i}.mlp.w12.bias": "blocks/mlp/in/bias",
-        "blocks.{i}.mlp.w3.weight": "blocks/mlp/down/kernel",
-        "blocks.{i}.mlp.w3.bias": "blocks/mlp/down/bias",
-    },
 }
 _HUGGING_FACE_COMMON = {
     "embeddings.cls_token": "class_token",
@@ -77,6 +70,10 @@ _HUGGING_FACE_COMMON = {
     "encoder.layer.{i}.norm2.weight": "blocks/mlp_norm/scale",
     "encoder.layer.{i}.norm2.bias": "blocks/mlp_norm/bias",
     "encoder.layer.{i}.layer_scale2.lambda1": "blocks/mlp_scale",
+    "encoder.layer.{i}.mlp.fc1.weight": "blocks/mlp/in/kernel",
+    "encoder.layer.{i}.mlp.fc1.bias": "blocks/mlp/in/bias",
+    "encoder.layer.{i}.mlp.fc2.weight": "blocks/mlp/down/kernel",
+    "encoder.layer.{i}.mlp.fc2.bias": "blocks/mlp/down/bias",
     "layernorm.weight": "norm/scale",
     "layernorm.bias": "norm/bias",
 }
@@ -89,6 +86,10 @@ _HUGGING_FACE = _HUGGING_FACE_COMMON | {
     "encoder.layer.{i}.attention.attention.value.bias": "blocks/attention/qkv/bias[2]",
     "encoder.layer.{i}.attention.output.dense.weight": "blocks/attention/out/kernel",
     "encoder.layer.{i}.attention.output.dense.bias": "blocks/attention/out/bias",
+    "encoder.layer.{i}.mlp.weights_in.weight": "blocks/mlp/in/kernel",
+    "encoder.layer.{i}.mlp.weights_in.bias": "blocks/mlp/in/bias",
+    "encoder.layer.{i}.mlp.weights_out.weight": "blocks/mlp/down/kernel",
+    "encoder.layer.{i}.mlp.weights_out.bias": "blocks/mlp/down/bias",
 }
 _TRANSFORMERS_5 = _HUGGING_FACE_COMMON | {
     "encoder.layer.{i}.attention.q_proj.weight": "blocks/attention/qkv/kernel[0]",
@@ -99,49 +100,19 @@ _TRANSFORMERS_5 = _HUGGING_FACE_COMMON | {
     "encoder.layer.{i}.attention.v_proj.bias": "blocks/attention/qkv/bias[2]",
     "encoder.layer.{i}.attention.o_proj.weight": "blocks/attention/out/kernel",
     "encoder.layer.{i}.attention.o_proj.bias": "blocks/attention/out/bias",
+    "encoder.layer.{i}.mlp.gate_proj.weight": "blocks/mlp/in/kernel[0]",
+    "encoder.layer.{i}.mlp.gate_proj.bias": "blocks/mlp/in/bias[0]",
+    "encoder.layer.{i}.mlp.up_proj.weight": "blocks/mlp/in/kernel[1]",
+    "encoder.layer.{i}.mlp.up_proj.bias": "blocks/mlp/in/bias[1]",
+    "encoder.layer.{i}.mlp.down_proj.weight": "blocks/mlp/down/kernel",
+    "encoder.layer.{i}.mlp.down_proj.bias": "blocks/mlp/down/bias",
 }
-_GELU = {
-    "encoder.layer.{i}.mlp.fc1.weight": "blocks/mlp/in/kernel",
-    "encoder.layer.{i}.mlp.fc1.bias": "blocks/mlp/in/bias",
-    "encoder.layer.{i}.mlp.fc2.weight": "blocks/mlp/down/kernel",
-    "encoder.layer.{i}.mlp.fc2.bias": "blocks/mlp/down/bias",
-}
-_HUGGING_FACE_MLP = {
-    "gelu": _GELU,
-    "swiglu": {
-        "encoder.layer.{i}.mlp.weights_in.weight": "blocks/mlp/in/kernel",
-        "encoder.layer.{i}.mlp.weights_in.bias": "blocks/mlp/in/bias",
-        "encoder.layer.{i}.mlp.weights_out.weight": "blocks/mlp/down/kernel",
-        "encoder.layer.{i}.mlp.weights_out.bias": "blocks/mlp/down/bias",
-    },
-}
-_TRANSFORMERS_5_MLP = {
-    "gelu": _GELU,
-    "swiglu": {
-        "encoder.layer.{i}.mlp.gate_proj.weight": "blocks/mlp/in/kernel[0]",
-        "encoder.layer.{i}.mlp.gate_proj.bias": "blocks/mlp/in/bias[0]",
-        "encoder.layer.{i}.mlp.up_proj.weight": "blocks/mlp/in/kernel[1]",
-        "encoder.layer.{i}.mlp.up_proj.bias": "blocks/mlp/in/bias[1]",
-        "encoder.layer.{i}.mlp.down_proj.weight": "blocks/mlp/down/kernel",
-        "encoder.layer.{i}.mlp.down_proj.bias": "blocks/mlp/down/bias",
-    },
-}
+_GELU = ".mlp.fc"  # in the names of an MLP with GELU, and in none of one with SwiGLU
 _UNUSED = ("mask_token", "embeddings.mask_token")  # of their training
 
 
-def read_dinov2(
-    path: str | os.PathLike,
-    dtype: jnp.dtype = jnp.bfloat16,
-    heads: int | None = None,
-    watch: Callable[[Iterable], Iterable] = iter,
-) -> tuple[DINOv2, Any]:
+def read_dinov2(path: str | os.PathLike) -> tuple[DINOv2, Any]:
     """The network in a file or Hugging Face folder, and its weights.
-
-    Args:
-      path: of either.
-      dtype: of the matrix products.
-      heads: of attention; by default what the folder's config.json says, or else one for 64 channels.
-      watch: wraps the iteration over tensors, for a progress bar.
 
     Returns:
       (module, its parameters: nested dicts of fp32 numpy arrays).
@@ -155,28 +126,28 @@ def read_dinov2(
     file = open_weights(path)
     with naming(path):
         _check_config(file.config)
-        heads = file.config.get("num_attention_heads") if heads is None else heads
-        model, params = from_tensors(file.tensors, heads, watch)
-    return model.clone(dtype=dtype), params
+        return from_tensors(file.tensors, file.config.get("num_attention_heads"))
 
 
-def from_tensors(
-    tensors: Mapping[str, Any], heads: int | None = None, watch: Callable[[Iterable], Iterable] = iter
-) -> tuple[DINOv2, Any]:
-    """As `read_dinov2`, from PyTorch name → array (or `weights.tensors.Tensor`).
+def from_tensors(tensors: Mapping[str, Any], heads: int | None = None) -> tuple[DINOv2, Any]:
+    """As `read_dinov2`, from PyTorch name → array (or `weights.tensors.Tensor`); one head for 64 channels by default.
 
     Raises:
       UsageError: tensors are missing, left over or misshapen; all of them are listed.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if name not in _UNUSED}
-    table, mlp = _layout(tensors)
-    model = _model(table, mlp, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, heads)
-    absent = () if model.registers else ("register_tokens",)
-    table = {name: path for name, path in (table | mlp[model.mlp]).items() if path not in absent}
+    table = _layout(tensors)
+    model = _model(table, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, heads)
+    table = {
+        name: path
+        for name, path in table.items()
+        if (path != "register_tokens" or model.registers)
+        and (".mlp." not in name or (_GELU in name) == (model.mlp == "gelu"))
+    }
     patch = next(name for name, path in table.items() if path == "patch_embedding/kernel")
     convolution = np.moveaxis(np.asarray(tensors[patch]), 1, -1)  # (D, 3, p, p); our patches have channels last
     tensors[patch] = convolution.reshape(len(convolution), -1)
-    return model, translate.from_torch(table, tensors, parameter_shapes(model), watch)
+    return model, translate.from_torch(table, tensors, parameter_shapes(model))
 
 
 def parameter_shapes(model: DINOv2) -> Any:
@@ -185,24 +156,18 @@ def parameter_shapes(model: DINOv2) -> Any:
     return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
 
 
-def _layout(tensors: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """(Table, tables of its MLPs) for these names."""
+def _layout(tensors: Mapping[str, Any]) -> dict[str, str]:
     if "cls_token" in tensors:
-        return _OFFICIAL, _OFFICIAL_MLP
+        return _OFFICIAL
     if "embeddings.cls_token" not in tensors:
         shown = ", ".join(sorted(tensors)[:5]) or "none"
         raise UsageError(f"no DINOv2: neither cls_token nor embeddings.cls_token is among its tensors ({shown}, …).")
     if any(name.endswith(".attention.q_proj.weight") for name in tensors):
-        return _TRANSFORMERS_5, _TRANSFORMERS_5_MLP
-    return _HUGGING_FACE, _HUGGING_FACE_MLP
+        return _TRANSFORMERS_5
+    return _HUGGING_FACE
 
 
-def _model(
-    table: Mapping[str, str],
-    mlp: Mapping[str, Mapping[str, str]],
-    shapes: Mapping[str, tuple[int, ...]],
-    heads: int | None,
-) -> DINOv2:
+def _model(table: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], heads: int | None) -> DINOv2:
     """The network of these sizes; whether all tensors fit them is not asked yet."""
     names = {path: name for name, path in table.items()}
 
@@ -222,17 +187,18 @@ def _model(
         raise UsageError(f"its table of {positions} positions is not one and a square.")
     registers = shape("register_tokens", 3)[1] if names["register_tokens"] in shapes else 0
 
-    pattern = re.escape(names["blocks/attention_norm/scale"]).replace(r"\{i\}", r"(\d+)")
-    depth = max((int(found[1]) + 1 for name in shapes if (found := re.fullmatch(pattern, name))), default=0)
+    pattern = re.escape(names["blocks/attention_norm/scale"]).replace(r"\{i\}", r"(\d{1,9})")
+    depth = translate.count_blocks(pattern, shapes)
     if not 0 < depth <= len(shapes):  # a number in a name decides nothing about memory
         raise UsageError(f"it counts {depth} blocks and has {len(shapes)} tensors.")
-    swiglu = any(name.replace("{i}", str(i)) in shapes for name in mlp["swiglu"] for i in range(depth))
+    swiglu = [name for name in table if ".mlp." in name and _GELU not in name]
 
-    if heads is None and width % HEAD_DIM:
-        raise UsageError(
-            f"width {width} is no multiple of {HEAD_DIM}, the width of published heads; say how many heads."
-        )
-    heads = width // HEAD_DIM if heads is None else heads
+    if heads is None:
+        if width % HEAD_DIM:
+            raise UsageError(
+                f"width {width} is no multiple of {HEAD_DIM}, the width of published heads; say how many heads."
+            )
+        heads = width // HEAD_DIM
     if not isinstance(heads, int) or heads < 1 or width % heads:
         raise UsageError(f"width {width} does not divide into {heads!r} heads.")
     sizes = {"width": width, "depth": depth, "patch_size": patch_size, "table_side": side, "registers": registers}
@@ -242,7 +208,7 @@ def _model(
     return DINOv2(
         **sizes,
         heads=heads,
-        mlp="swiglu" if swiglu else "gelu",
+        mlp="swiglu" if any(name.replace("{i}", str(i)) in shapes for name in swiglu for i in range(depth)) else "gelu",
         position_offset=0.0 if registers else 0.1,
         position_antialias=bool(registers),
     )

@@ -1,6 +1,6 @@
 """Are the digits that a network draws the digits it was asked for?
 
-    python -m deco_jax.evaluation.digits WORKDIR
+    python benchmarks/digits.py WORKDIR
 
 Draws 500 guided samples, 50 per class, and asks a classifier fitted on the real digits. Writes WORKDIR/samples.png
 (rows = classes) and WORKDIR/digits.json. What has been measured for a checkpoint is not measured again.
@@ -11,7 +11,7 @@ import pathlib
 import sys
 
 import numpy as np
-from scipy.ndimage import affine_transform
+from scipy.ndimage import affine_transform  # scipy comes with jax
 from scipy.spatial.distance import cdist
 
 from deco_jax.checkpoints import store
