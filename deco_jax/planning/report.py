@@ -108,6 +108,6 @@ def _where(op_name: str) -> str:
     direction = "backward " if "transpose(jvp" in op_name else "forward " if "jvp(" in op_name else ""
     op_name = re.sub(r"\[[\\']*([^]\\']*)[\\']*\]", r"/\1", op_name)  # an argument: state.params['a']['b']
     op_name, *others = op_name.replace("/(", "/").split(":")  # several operations in one
-    dull = r"(jit|jvp|vmap|transpose)\(.*\)|while|body|closed_call|layers|checkpoint|rematted_computation|"
+    dull = r"(jit|jvp|vmap|transpose)\(.*\)|while|body|closed_call|layers|checkpoint|rematted_computation|\w+\.decode|"
     kept = "/".join(part for part in op_name.split("/") if not re.fullmatch(dull, part))
     return direction + kept + (", …" if others else "")

@@ -13,7 +13,7 @@ from deco_jax.data import pipeline
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel import processes
 from deco_jax.sampling.pictures import save_png
-from deco_jax.storage import local_folder, write_bytes
+from deco_jax.storage import local_folder, write_beside
 from deco_jax.training import start
 from deco_jax.training.goodput import Clock
 from deco_jax.training.hooks import Profile, SampleGrids
@@ -66,7 +66,8 @@ def train(config: ConfigDict, workdir: str) -> None:
                 state, step = checkpoints.restore(latest, abstract), checkpoints.position(latest)
                 begin = f"resumes at step {latest}"
         if first_process:
-            write_bytes(folder / "config.json", config.to_json_best_effort(indent=2).encode())
+            with write_beside(folder / "config.json") as draft:
+                draft.write_text(config.to_json_best_effort(indent=2))
             print(start.summary(config, parts, parameters, begin))
             for change in changes:
                 print(f"Changed since the checkpoint: {change}.")
@@ -101,7 +102,7 @@ def train(config: ConfigDict, workdir: str) -> None:
                             grid = sample_grid(state.ema)
                             if first_process:
                                 save_png(grid, folder / "samples" / f"step_{step:08d}.png")
-                            reporter.writers.picture(step, grid)
+                                reporter.writers.picture(step, grid)
                     if to_save:
                         with clock.phase("checkpoint"):
                             checkpoints.save(step, state, meta)
