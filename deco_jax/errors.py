@@ -12,6 +12,17 @@ class AgreedError(UsageError):
     """A UsageError that every process of the run raises at the same point, so that all can end in order."""
 
 
+class TransientError(Exception):
+    """Storage or network still failed after it was tried again for a while. The command line exits with 75: try again.
+
+    Nothing is wrong with the input, and nothing is lost; schedulers start the same command again.
+    """
+
+
+class AgreedTransient(TransientError):
+    """A TransientError that every process of the run raises at the same point, so that all can end in order."""
+
+
 class BrokenRun(Exception):
     """This process of several ends alone: it must not wait for the others, nor they for it.
 

@@ -19,6 +19,7 @@ import json
 
 import pytest
 
+from tests.bucket import bucket, emulator  # noqa: F401
 from tests.helpers import GOLDEN, new_tiny_config
 
 
