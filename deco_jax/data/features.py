@@ -5,22 +5,29 @@
           /features.partial.json      what the features are of (`Contents`), until all files are there
           /features.json              the same, and all unreadable records; written last
 
-`prepare` writes it. Images are not augmented, so their features never change.
+`prepare` writes it. Images are not augmented, so their features never change. The folder may be in a bucket: of a
+record's file just the record is read.
 """
 
+import concurrent.futures
 import dataclasses
+import io
 import json
 import math
-import pathlib
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from deco_jax import storage
+from deco_jax.data.reading import file_size, read_bytes
 from deco_jax.data.sources import Source
 from deco_jax.errors import UsageError
+from deco_jax.storage import AnyPath
 
 VERSION = 1  # of the format
 COMPLETE, PARTIAL = "features.json", "features.partial.json"
+LONGEST_HEADER = 4096  # bytes of a file that are looked at; the header takes 128
+OLD_DECODING = "not turned, transparency dropped (data.orient=False data.background='')"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +43,7 @@ class Contents:
     patch: int  # pixels along the side that a token stands for
     teacher: str  # hash of its weights
     version: int = VERSION
+    decoding: str = ""  # of the source: how its files became images; the oldest folders do not say it, and mean ""
 
     @property
     def files(self) -> int:
@@ -48,32 +56,34 @@ class Contents:
         return rows, self.tokens, self.features
 
 
-def features_file(folder: pathlib.Path, file: int) -> pathlib.Path:
+def features_file(folder: AnyPath, file: int) -> AnyPath:
     """Where file number `file` lies."""
     return folder / f"features-{file:05d}.npy"
 
 
-def bad_file(path: pathlib.Path) -> pathlib.Path:
+def bad_file(path: AnyPath) -> AnyPath:
     """Where the unreadable records of the file at `path` are named, if there are any."""
     return path.with_suffix(".bad.json")
 
 
-def missing_files(folder: pathlib.Path, contents: Contents) -> list[int]:
+def missing_files(folder: AnyPath, contents: Contents) -> list[int]:
     """Numbers of the files that are not there yet."""
-    return [k for k in range(contents.files) if not features_file(folder, k).exists()]
+    there = storage.retried(f"listing {folder}", lambda: {path.name for path in folder.glob("features-*.npy")})
+    return [k for k in range(contents.files) if features_file(folder, k).name not in there]
 
 
-def read_contents(folder: pathlib.Path) -> tuple[Contents, list[int], bool] | None:
+def read_contents(folder: AnyPath) -> tuple[Contents, list[int], bool] | None:
     """What a folder's features are of, the unreadable records, and whether it is complete; None if nothing says so.
 
     Raises:
       UsageError: the file that says so is damaged, or of another version of the format.
     """
-    path = next((path for path in (folder / COMPLETE, folder / PARTIAL) if path.is_file()), None)
+    paths = (folder / COMPLETE, folder / PARTIAL)
+    path = storage.retried(f"looking at {folder}", lambda: next((path for path in paths if path.is_file()), None))
     if path is None:
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_bytes(str(path)))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}); prepare into another folder.") from error
     values = values if isinstance(values, dict) else {}
@@ -83,6 +93,7 @@ def read_contents(folder: pathlib.Path) -> tuple[Contents, list[int], bool] | No
             "prepare into another folder."
         )
     kinds, bad = {field.name: field.type for field in dataclasses.fields(Contents)}, values.get("bad", [])
+    values.setdefault("decoding", "")
     fields = {name: values.get(name) for name in kinds}
     wrong = [k for k, value in fields.items() if type(value) is not kinds[k] or (kinds[k] is int and value < 1)]
     if type(bad) is not list or not all(type(record) is int for record in bad):
@@ -93,18 +104,22 @@ def read_contents(folder: pathlib.Path) -> tuple[Contents, list[int], bool] | No
 
 
 class StoredFeatures:
-    """The features of every record, read from the disk as they are asked for. No file stays open: there may be many."""
+    """The features of every record, read as they are asked for. No file stays open: there may be many."""
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: AnyPath):
         """Opens a folder of which all files are there, and looks at each file's header and size.
 
         Raises:
           UsageError: a file is damaged.
+          TransientError: the storage still fails after a while.
         """
         self.folder = folder
         self.contents, bad, _ = read_contents(folder)
         self.bad = frozenset(bad)
-        self._starts = [_check_file(folder, file, self.contents) for file in range(self.contents.files)]
+        with concurrent.futures.ThreadPoolExecutor(16) as threads:  # buckets and network folders answer late
+            self._starts = list(
+                threads.map(lambda file: _check_file(folder, file, self.contents), range(self.contents.files))
+            )
 
     @property
     def digest(self) -> str:
@@ -116,6 +131,7 @@ class StoredFeatures:
 
         Raises:
           ValueError: there are none, since its image could not be read.
+          TransientError: the storage still fails after a while.
         """
         if record in self.bad:
             raise ValueError("it has no stored features: the image was unreadable when they were made")
@@ -123,18 +139,19 @@ class StoredFeatures:
         _, *shape = self.contents.shape(file)
         count, dtype = math.prod(shape), np.dtype("<f2")
         offset = self._starts[file] + row * count * dtype.itemsize
-        return np.fromfile(features_file(self.folder, file), dtype, count, offset=offset).reshape(shape)
+        content = read_bytes(str(features_file(self.folder, file)), offset, count * dtype.itemsize)
+        return np.frombuffer(content, dtype).reshape(shape)
 
 
-def _check_file(folder: pathlib.Path, file: int, contents: Contents) -> int:
+def _check_file(folder: AnyPath, file: int, contents: Contents) -> int:
     """The byte at which the numbers of a file begin; UsageError if its header or size is not what it must be."""
     path, shape = features_file(folder, file), contents.shape(file)
     try:
-        with path.open("rb") as stream:
-            if (version := np.lib.format.read_magic(stream)) != (1, 0):
-                raise ValueError(f"version {version} of the format")
-            there, _, dtype = np.lib.format.read_array_header_1_0(stream)
-            start, size = stream.tell(), path.stat().st_size
+        stream = io.BytesIO(read_bytes(str(path), 0, LONGEST_HEADER))
+        if (version := np.lib.format.read_magic(stream)) != (1, 0):
+            raise ValueError(f"version {version} of the format")
+        there, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        start, size = stream.tell(), file_size(str(path))
         if there != shape or dtype != np.float16:
             problem = f"holds {there} {dtype}, not {shape} float16"
         elif size != start + math.prod(shape) * dtype.itemsize:
@@ -153,16 +170,22 @@ def open_features(config: ConfigDict, source: Source) -> StoredFeatures:
       UsageError: they are not, or not all there, or damaged.
     """
     name = f"teacher.stored={config.teacher.stored}"
-    folder = pathlib.Path(config.teacher.stored).expanduser()
+    folder = storage.to_path(config.teacher.stored)
     said = read_contents(folder)
     if said is None:
-        what = "holds no features" if folder.is_dir() else "is no folder"
+        what = "holds no features" if folder.exists() else "is no folder"
         raise UsageError(f"{name} {what}. Made by: {_command(folder)}. Or the teacher in every step: teacher.stored=''")
     contents, _, complete = said
     if contents.identity != source.identity or contents.records != len(source):
         raise UsageError(
             f"{name} holds features of other images, labels or another order: of {contents.records} records of "
             f"{contents.identity!r}; the data are {len(source)} of {source.identity!r}. Prepare into another folder."
+        )
+    if contents.decoding != source.decoding:
+        raise UsageError(
+            f"{name} was made of images decoded otherwise: {contents.decoding or OLD_DECODING} there, "
+            f"{source.decoding or OLD_DECODING} here. Set data.orient and data.background as they were, or prepare "
+            "into another folder."
         )
     size, p, width = config.data.image_size, config.model.patch_size, config.loss.alignment_features
     tokens = (size // p) ** 2
@@ -182,5 +205,5 @@ def open_features(config: ConfigDict, source: Source) -> StoredFeatures:
     return StoredFeatures(folder)
 
 
-def _command(folder: pathlib.Path) -> str:
+def _command(folder: AnyPath) -> str:
     return f"deco prepare --config FILE --teacher --out {folder}"

@@ -13,9 +13,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -24,9 +24,24 @@ from ml_collections import ConfigDict
 
 from deco_jax.data.features import StoredFeatures
 from deco_jax.data.sources import Source
-from deco_jax.errors import UsageError
+from deco_jax.errors import TransientError, UsageError
 
 Batch = dict[str, np.ndarray]
+
+
+class BadLimit(NamedTuple):
+    """How many records of a source may be unreadable."""
+
+    records: int
+    setting: str  # that says so, with its value
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, source: Source) -> "BadLimit":
+        """The lower one of the two that `config`, the `data` part of a configuration, has."""
+        share = int(config.max_bad_share * len(source) + 1e-6)  # 0.29 · 100 is a little less than 29
+        if share >= config.max_bad_records:
+            return cls(config.max_bad_records, f"data.max_bad_records={config.max_bad_records}")
+        return cls(share, f"data.max_bad_share={config.max_bad_share:g} of {len(source):,} records")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +51,8 @@ class LoadShare(grain.transforms.Map):
     source: Source
     features: StoredFeatures | None
     rows: np.ndarray
-    max_bad_records: int
+    limit: BadLimit
+    ended: list[bool] = dataclasses.field(default_factory=list)  # not empty: nobody waits for further batches
 
     def map(self, indices_B: np.ndarray) -> Batch:
         """(B,) → of each of the R rows what `batches` yields."""
@@ -45,29 +61,43 @@ class LoadShare(grain.transforms.Map):
 
     def _load(self, index: int) -> Batch:
         """A record, bad being −1; if it cannot be read, the next one that can, and the number of the bad one."""
-        tries = min(self.max_bad_records + 1, len(self.source))
+        tries = min(self.limit.records + 1, len(self.source))
         for offset in range(tries):
+            if self.ended:
+                raise TransientError("reading was given up")
             record = (index + offset) % len(self.source)
             try:
                 row = {**self.source.load(record), "bad": np.int32(-1 if offset == 0 else index)}
                 return row if self.features is None else row | {"features": self.features[record]}
+            except (TransientError, UsageError):  # say nothing about the record
+                self.ended.append(True)  # threads that read ahead, which are joined, would try for minutes as well
+                raise
             except Exception as error:  # whatever a decoder throws at a broken file
                 reason = error
         raise UsageError(
             f"All {tries} records from {self.source.describe(index)} on cannot be read ({reason}); "
-            f"data.max_bad_records={self.max_bad_records}."
+            f"{self.limit.setting}."
         )
 
 
 class BadRecords:
     """Counts, names and limits the records that could not be read."""
 
-    def __init__(self, source: Source, limit: int, log: bool = True):
-        self.source, self.limit, self.log = source, limit, log
-        self.seen, self.last = set(), ""
+    def __init__(self, source: Source, config: ConfigDict, seen: Iterable[int] = (), log: bool = True):
+        """Begins with those `seen` before a restart.
+
+        Args:
+          source: the records.
+          config: the `data` part of a configuration.
+          seen: numbers of records, of which the log has said what is wrong.
+          log: whether others are named in the log.
+        """
+        self.source, self.limit, self.log = source, BadLimit.from_config(config, source), log
+        self.seen = set(seen)
+        self.last = source.describe(max(self.seen)) if self.seen else ""
 
     def check(self, bad_B: np.ndarray) -> None:
-        """Takes note of a batch's bad records; raises UsageError once there are more than the limit."""
+        """Takes note of a batch's bad records, −1 being none; raises UsageError once there are more than the limit."""
         for index in sorted(set(bad_B[bad_B >= 0].tolist()) - self.seen):
             self.seen.add(index)
             self.last = self.source.describe(index)
@@ -79,10 +109,10 @@ class BadRecords:
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
             logging.warning("Skipped unreadable record %d: %s (%s)", len(self.seen), self.last, reason)
-        if len(self.seen) > self.limit:
+        if len(self.seen) > self.limit.records:
             raise UsageError(
                 f"{len(self.seen)} records cannot be read, the last {self.last}; "
-                f"data.max_bad_records={self.limit} allows fewer. Mend the data or raise the limit."
+                f"{self.limit.setting} allows fewer. Mend the data or raise the limit."
             )
 
 
@@ -104,17 +134,21 @@ def batches(
       rows: which R of a batch's B rows to read; None = all.
       features: a teacher's, of the same records; one without counts as unreadable.
 
+    Raises:
+      UsageError: more records in a row than allowed cannot be read.
+      TransientError: the storage still fails after a while; nothing was counted, and no batch was changed.
+
     Yields:
       image (R, H, W, 3) uint8, the fields of the source's condition (R, …), bad (R,) int32 (see
       `BadRecords`; −1 = a good record), and of stored features those of the records: features (R, N, F) float16.
     """
     rows = np.arange(config.batch_size) if rows is None else rows
-    load = LoadShare(source, features, rows, config.max_bad_records)
+    load = LoadShare(source, features, rows, BadLimit.from_config(config, source))
     indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(config.batch_size)
     yield from read_ahead(indices[start:].map(load), config.workers)
 
 
-def read_ahead(dataset: grain.MapDataset, workers: int) -> Iterator[Any]:
+def read_ahead(dataset: grain.MapDataset, workers: int) -> Iterator[Batch]:
     """The elements of `dataset` (one at least) in order, made ahead by so many processes; 0 = threads in this one."""
     # Threads and buffers count batches: 256 rows of 256² are 50 MB, with stored features 150 MB; of 512², four times.
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
@@ -124,14 +158,25 @@ def read_ahead(dataset: grain.MapDataset, workers: int) -> Iterator[Any]:
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
-    with _stop_signals_blocked():
-        iterator = iter(dataset)
-        first = next(iterator)
-    try:
-        yield first
-        yield from iterator
-    finally:
-        iterator.close()
+    with contextlib.ExitStack() as closing:
+        with _stop_signals_blocked():
+            iterator = iter(dataset)
+            closing.callback(iterator.close)  # also if the first batch fails: threads would go on trying
+            first = [next(iterator)]
+        yield _without_name(first.pop())  # and keeps no batch
+        yield from map(_without_name, iterator)
+
+
+def _without_name(batch: Batch) -> Batch:
+    """The batch; what shared memory of a worker's it is in has lost its name, and so is free when its arrays are.
+
+    grain would take the name away later, in a thread, and not at all from what is still in use at the end of the run.
+    """
+    for array in batch.values():
+        if (memory := getattr(array, "shm", None)) is not None:
+            memory.unlink()
+            array._unlink_on_del = False
+    return batch
 
 
 def _end_with_parent(worker: int, workers: int) -> None:

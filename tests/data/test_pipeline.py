@@ -42,7 +42,9 @@ class Numbers:
 def data_config(**fields):
     """The `data` part of a configuration; without workers unless they are asked for."""
     config = default_config().data
-    config.update({"batch_size": 4, "workers": 0, "image_size": 16, "max_bad_records": 10} | fields)
+    config.update(
+        {"batch_size": 4, "workers": 0, "image_size": 16, "max_bad_records": 10, "max_bad_share": 1.0} | fields
+    )
     return config
 
 
@@ -149,7 +151,10 @@ def test_workers_change_nothing(tmp_path):
     config.workers = 2
     others, iterator = set(multiprocessing.active_children()), batches(config, 0, source, start=3)
     for k, expected in enumerate(here, 3):
-        assert_equal(next(iterator), expected, f"batch {k} depends on the number of workers")
+        batch = next(iterator)
+        assert_equal(batch, expected, f"batch {k} depends on the number of workers")
+        left = [array.shm.name for array in batch.values() if pathlib.Path("/dev/shm", array.shm.name).exists()]
+        assert not left, f"a run that ends now leaves this in memory, and Python warns of it: {left}"
     workers = set(multiprocessing.active_children()) - others
     assert len(workers) == 2, "the workers are not at work, so this compared nothing"
     for worker in workers:
@@ -226,7 +231,7 @@ def test_each_broken_file_is_counted_and_named_once(tmp_path, caplog):
     broken = [paths[3], paths[7]]
     break_images(broken)
     config, source = open_folder(tmp_path)
-    records = BadRecords(source, limit=2)
+    records = BadRecords(source, config)
     with caplog.at_level("WARNING", logger="absl"):
         for batch in take(12, config, source):  # four epochs
             records.check(batch["bad"])
@@ -243,10 +248,10 @@ def test_more_broken_files_than_allowed_stop_the_run(tmp_path):
     break_images(write_images(tmp_path)[3:6])
     config, source = open_folder(tmp_path)
     bad = [batch["bad"] for batch in take(3, config, source)]  # one epoch
-    allowed = BadRecords(source, limit=3)
+    allowed = BadRecords(source, data_config(max_bad_records=3))
     for bad_B in bad:
         allowed.check(bad_B)
-    too_many = BadRecords(source, limit=2)
+    too_many = BadRecords(source, data_config(max_bad_records=2))
     with pytest.raises(UsageError, match=r"3 records cannot be read.*data\.max_bad_records=2 "):
         for bad_B in bad:
             too_many.check(bad_B)
@@ -254,7 +259,7 @@ def test_more_broken_files_than_allowed_stop_the_run(tmp_path):
 
 def test_a_limit_of_zero_accepts_whole_data():
     """0 means "not one": good batches pass, and the first broken record ends the run."""
-    records = BadRecords(Numbers(), limit=0)
+    records = BadRecords(Numbers(), data_config(max_bad_records=0))
     records.check(np.full(4, -1))
     assert not records.seen
     with pytest.raises(UsageError, match=r"data\.max_bad_records=0"):
@@ -269,3 +274,28 @@ def test_nothing_but_broken_records_ends_the_search(limit):
     assert sorted(batch["label"]) == [limit] * limit + list(range(limit, 90)), "as many in a row as allowed is no error"
     with pytest.raises(UsageError, match=rf"number 0 .*is broken.*data\.max_bad_records={limit}\."):
         take(1, config, Numbers(unreadable=frozenset(range(limit + 1))))
+
+
+@pytest.mark.parametrize("share, allowed", [(0.1, 1), (0.29, 5), (0.5, 9), (1.0, 10)])
+def test_the_limit_is_also_a_share(share, allowed):
+    """A hundred broken files are nothing among a million, and all of a data set of a hundred."""
+    config, source = data_config(max_bad_share=share), Numbers(18)
+    records = BadRecords(source, config)
+    records.check(np.arange(allowed))
+    setting = "data.max_bad_records=10" if allowed == 10 else f"data.max_bad_share={share} of 18 records"
+    with pytest.raises(UsageError, match=f"{allowed + 1} records cannot be read.*; {setting} allows fewer"):
+        records.check(np.array([17]))
+
+
+def test_records_that_were_bad_before_a_restart_still_count(caplog):
+    """Else a data set that rots restarts its way past the limit, and the log names the same files every time."""
+    config = data_config(max_bad_records=3)
+    records = BadRecords(Numbers(), config, seen=[4, 8])
+    with caplog.at_level("WARNING", logger="absl"):
+        records.check(np.array([8, -1, 4, 5]))
+    assert records.seen == {4, 5, 8}
+    assert [record.getMessage()[:41] for record in caplog.records] == ["Skipped unreadable record 3: number 5 (it"]
+    with pytest.raises(UsageError, match="4 records cannot be read"):
+        records.check(np.array([6]))
+    with pytest.raises(UsageError, match="4 records cannot be read, the last number 8"):
+        BadRecords(Numbers(), config, seen=[4, 8, 6, 5]).check(np.array([-1]))

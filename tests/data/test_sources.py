@@ -85,9 +85,18 @@ FOLDER = {  # path: (image, label, RGB)
     "cat/deep/er/1.JpEg": (Image.new("L", (30, 70), 77), 0, (77, 77, 77)),
     "dog/4.bmp": (Image.new("RGB", (16, 16), (4, 4, 4)), 1, (4, 4, 4)),
     "dog/pups/3.WEBP": (Image.new("RGBA", (50, 60), (30, 60, 90, 255)), 1, (30, 60, 90)),
+    "cat/.more/seen.png": (Image.new("RGB", (24, 24), (0, 90, 0)), 0, (0, 90, 0)),
     "dog/4b.jpg": (Image.new("CMYK", (33, 17), (0, 255, 255, 0)), 1, (255, 0, 0)),
 }
-NOT_RECORDS = ("stray.png", ".cache/hidden.png", "cat/notes.txt", "dog/labels.csv")
+NOT_RECORDS = (
+    "stray.png",
+    ".cache/hidden.png",
+    "cat/moving.gif",
+    "cat/._2.png",
+    "cat/notes.txt",
+    "dog/LABELS.TXT",
+    "dog/README",
+)
 
 
 def write_folder(root, paths=tuple(FOLDER)):
@@ -104,6 +113,11 @@ def test_folder_labels_classes_in_alphabetical_order(tmp_path):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(b"no record")
     source = open_source(data_config("folder", path=str(tmp_path), image_size=16))
+    assert source.class_names == ("cat", "dog", "eel")
+    assert source.summary() == [
+        f"Images: {len(FOLDER)} in 3 classes: 0 cat (3), 1 dog (3), 2 eel (1).",
+        "Ignored: 7 files (2 hidden, 2 .txt, 1 .gif, 1 without an ending, 1 beside the class folders).",
+    ]
     found = {source.describe(i): source.load(i) for i in range(len(source))}
     expected = {str(tmp_path / path): values for path, values in FOLDER.items()}
     assert {path: record["label"] for path, record in found.items()} == {
@@ -168,6 +182,18 @@ def test_a_folder_without_classes(tmp_path):
         open_source(data_config("folder", path=str(tmp_path), image_size=16))
 
 
+def test_the_order_of_a_folder_is_that_of_earlier_versions(tmp_path):
+    """Checkpoints hold a hash of it: recorded before folders were listed by ourselves."""
+    names = ["b/a b.png", "b/a/c.png", "b/a-b/x.JPG", "b/a.png", "a/Z.png", "a/é.png", "a/_.jpeg", "a b/1.webp"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert (
+        open_source(data_config("folder", path=str(tmp_path))).identity
+        == "folder 891678b09f93bfd118871828ea83804bad0c86a04841e93b64be0ce8cc47ff24"
+    )
+
+
 # --- tfds
 
 
@@ -213,6 +239,8 @@ def test_tfds_reads_imagenet(mocked_tfds, size):
     """Record i is example i's image, cropped, with its label: nothing is swapped or decoded twice."""
     source = open_source(data_config("tfds", name="imagenet2012", split="train", image_size=size))
     assert (len(source), source.condition.num_classes) == (5, 1000)
+    assert source.class_names[207] == "n02099601", "class names are ImageNet's"
+    assert source.summary() == ["Images: 5 in 1,000 classes: 0 n01440764, 1 n01443537, 2 n01484850, …, 999 n15075141."]
     features = mocked_tfds.builder("imagenet2012").info.features
     examples = mocked_tfds.testing.mocking.EncodedRandomFakeGenerator(features, num_examples=5)
     for i in range(5):
@@ -241,7 +269,10 @@ def test_tfds_refuses_a_set_without_image_and_label(mocked_tfds, name):
 
 def test_tfds_names_an_unknown_set(no_tensorflow, tmp_path):
     """A typing error in data.name is the user's to mend."""
-    with pytest.raises(UsageError, match=r"data\.name='imagenett'.*not found"):
+    expected = (
+        r"data\.name='imagenett'.*\(Dataset imagenett not found\. Did you mean: imagenett -> imagenette \?\)\. Prep"
+    )
+    with pytest.raises(UsageError, match=expected):
         open_source(data_config("tfds", name="imagenett", path=str(tmp_path)))
 
 
@@ -305,3 +336,33 @@ def test_tfds_names_the_field_that_leads_nowhere(no_tensorflow, prepared, field,
     config[field] = value
     with pytest.raises(UsageError, match=rf"data\.{field}='{value}'.*{reason}"):
         open_source(config)
+
+
+def test_tfds_says_whole_sentences(no_tensorflow, tmp_path):
+    """TFDS' own message ends its first line with "Possible root causes:"."""
+    with pytest.raises(UsageError, match=r"TFRECORD is not supported\)\. Prepare it once, .*: tfds build mnist"):
+        open_source(data_config("tfds", name="mnist", path=str(tmp_path)))
+
+
+def test_tfds_files_are_opened_again_after_errors_that_pass(no_tensorflow, prepared, monkeypatch, caplog):
+    """A file on a network folder that was remounted is stale for good where it is open."""
+    source = open_source(data_config("tfds", name="tiny_set", path=prepared, image_size=32))
+    expected, stale = source.load(3), source.records.data_source
+    reader = type(stale)
+    read = reader.__getitem__
+
+    def fail(self, key):
+        if self is stale:
+            raise RuntimeError("pread() failed: Stale file handle; reading /data/tiny_set-train.array_record")
+        return read(self, key)
+
+    monkeypatch.setattr(reader, "__getitem__", fail)
+    np.testing.assert_array_equal(source.load(3)["image"], expected["image"])
+    assert "Reading tiny_set/train record 3 failed (RuntimeError: pread() failed: Stale file handle" in caplog.text
+
+    def corrupt(self, key):
+        raise RuntimeError("Corrupted Riegeli/records file: chunk data hash mismatch")
+
+    monkeypatch.setattr(reader, "__getitem__", corrupt)
+    with pytest.raises(RuntimeError, match="Corrupted"):  # a bad record, which nobody tries again
+        source.load(3)

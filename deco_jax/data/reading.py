@@ -1,0 +1,83 @@
+"""How do the bytes of a record come from a disk or a bucket? In one go, and again after errors that pass.
+
+Only then is anything decoded: so an error of the storage is never taken for a broken image.
+"""
+
+import errno
+import os
+import pathlib
+from collections.abc import Iterator
+
+import fsspec
+
+from deco_jax import storage
+from deco_jax.storage import AnyPath
+
+
+def read_bytes(path: str, start: int = 0, count: int | None = None) -> bytes:
+    """`count` bytes (None: all) of a file from byte `start` on; fewer if it ends before.
+
+    Raises:
+      OSError: it is not there, or may not be read.
+      UsageError: its bucket may not be read.
+      TransientError: reading still fails after a while, or its whole folder went away, as one that is mounted does.
+    """
+    read = _read_remote if storage.is_remote(path) else _read_local
+    return storage.retried(f"reading {path}", lambda: read(path, start, count))
+
+
+def _read_local(path: str, start: int, count: int | None) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(-1 if count is None else count)
+    except FileNotFoundError as error:
+        if os.path.isdir(os.path.dirname(path)):
+            raise
+        raise OSError(errno.ESTALE, "its folder is gone", path) from error
+
+
+def _read_remote(path: str, start: int, count: int | None) -> bytes:
+    storage.to_path(path[: path.index("://") + 3])  # prepares the library: this may be a worker
+    system, name = fsspec.core.url_to_fs(path)
+    try:
+        return system.cat_file(name, start, None if count is None else start + count)
+    except FileNotFoundError:
+        raise
+    except Exception:  # credentials that ran out are no fault of the one file
+        with storage.reading(storage.to_path(path)):
+            raise
+
+
+def file_size(path: str) -> int:
+    """Of a file, in bytes."""
+    if storage.is_remote(path):
+        system, name = fsspec.core.url_to_fs(path)
+        return storage.retried(f"looking at {path}", lambda: system.size(name))
+    return storage.retried(f"looking at {path}", lambda: os.path.getsize(path))
+
+
+def list_files(root: AnyPath) -> list[str]:
+    """All files below a folder by their names from there on, "cat/1.png", in the order of their parts.
+
+    A hidden folder on the first level is not looked into, and listed as ".git/". Links to files count as files; links
+    to folders are followed on the first level alone.
+    """
+    if storage.is_remote(root):
+        system, name = fsspec.core.url_to_fs(str(root))
+        found = storage.retried(f"listing {root}", lambda: system.find(name))
+        prefix = f"{name.rstrip('/')}/"
+        names = [file.removeprefix(prefix) for file in found if not file.endswith("/")]
+    else:
+        names = storage.retried(f"listing {root}", lambda: list(_walk(root, "")))
+    return sorted(names, key=lambda name: name.split("/"))
+
+
+def _walk(root: pathlib.Path, below: str) -> Iterator[str]:
+    with os.scandir(root / below) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=not below):
+                folder = f"{below}{entry.name}/"
+                yield from [folder] if folder.startswith(".") else _walk(root, folder)
+            elif entry.is_file():
+                yield below + entry.name
