@@ -5,6 +5,7 @@ from typing import Any
 
 from deco_jax.checkpoints.store import frozen_digests
 from deco_jax.config import FIELDS, flatten, restore_config
+from deco_jax.data.sources import compare
 from deco_jax.errors import UsageError
 
 
@@ -46,7 +47,7 @@ def check_resumable(saved: dict[str, Any], now: dict[str, Any], where: str | os.
     if "decisive" in saved and any(field.startswith("loss.alignment") for field in refused):
         problems.append("to train without alignment, convert again with --without-projector")
     if "decisive" not in saved and not problems and saved["fingerprint"] != now["fingerprint"]:
-        problems = [f"data fingerprint: {saved['fingerprint']} there, {now['fingerprint']} here (the records changed)"]
+        problems = [_data_change(saved, now)]
     if not problems:
         ours = frozen_digests(now)
         problems = [
@@ -60,3 +61,12 @@ def check_resumable(saved: dict[str, Any], now: dict[str, Any], where: str | os.
             "new workdir (with --config.train.init_from to begin from these weights)."
         )
     return [differences[field] for field in accepted]
+
+
+def _data_change(saved: dict[str, Any], now: dict[str, Any]) -> str:
+    """How the records differ, in words where the checkpoint knows enough: older ones have a hash only."""
+    then, today = saved.get("data_contents"), now.get("data_contents")
+    if words := then and today and compare(then, today):
+        return f"the data changed ({words})"
+    which = "; this checkpoint does not say which" if then is None else " in what they hold, not in names or labels"
+    return f"data fingerprint: {saved['fingerprint']} there, {now['fingerprint']} here (the records changed{which})"

@@ -24,6 +24,9 @@ SAFE = (
     "data.workers",
     "data.path",
     "data.max_bad_records",
+    "data.max_bad_share",
+    "data.orient",
+    "data.background",
     "model.remat",
     "model.scan",
     "model.attention",
@@ -74,7 +77,7 @@ def test_all_that_is_refused_is_listed_and_nothing_else():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"fingerprint": "other"}, r"data fingerprint: other there, data here \(the records changed\)"),
+        ({"fingerprint": "other"}, r"data fingerprint: other there, data here \(.*checkpoint does not say which\)"),
         ({"frozen": {"teacher": "other"}}, r"teacher: weights other there, abc here \(hashes\)"),
         ({"frozen": {"text": "def"}}, r"text: weights def there, none here \(hashes\)"),
         ({"weights_only": True}, "holds converted weights without an optimiser's state"),
@@ -83,6 +86,22 @@ def test_all_that_is_refused_is_listed_and_nothing_else():
 def test_other_data_teachers_and_bare_weights_are_refused(changes, message):
     with pytest.raises(UsageError, match=message):
         check_resumable(meta(**changes), meta(), "runs/x")
+
+
+def test_other_data_are_told_in_words():
+    """Which files, how many. With the same names and labels, all that is left to tell is the hash."""
+    then = {"source": "folder", "records": 3, "classes": {"a": [2, "x"], "b": [1, "y"]}, "names": ["a/1", "a/2", "b/1"]}
+    now = {
+        "source": "folder",
+        "records": 4,
+        "classes": {"a": [2, "x"], "b": [2, "z"]},
+        "names": [*then["names"], "b/2"],
+    }
+    with pytest.raises(UsageError) as error:
+        check_resumable(meta(fingerprint="other", data_contents=then), meta(data_contents=now), "runs/x")
+    assert "(3 records there, 4 here; class 'b': 1 there, 2 here; new: b/2). Restore" in str(error.value)
+    with pytest.raises(UsageError, match="data fingerprint: other there, .*not in names or labels"):
+        check_resumable(meta(fingerprint="other", data_contents=now), meta(data_contents=now), "runs/x")
 
 
 def test_a_checkpoint_without_a_teacher_takes_any():

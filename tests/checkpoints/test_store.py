@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints, also of an older layout; and keeping a workdir to one run."""
+"""Reading and writing checkpoints, also of an older layout."""
 
 import json
 
@@ -77,13 +77,3 @@ def test_a_configuration_with_a_field_that_is_unknown_is_not_read(tmp_path):
     file.write_text(json.dumps(meta))
     with pytest.raises(UsageError, match=r"checkpoints/3 has .* does not know: model.experts"):
         store.read_config(folder, 3)
-
-
-def test_a_workdir_belongs_to_one_run_at_a_time(tmp_path):
-    workdir = tmp_path / "run"
-    with store.exclusive(workdir):
-        message = f"--workdir={workdir} is in use by another process"
-        with pytest.raises(UsageError, match=message), store.exclusive(workdir):
-            pytest.fail("two runs would write to it")
-    with store.exclusive(workdir):
-        assert workdir.is_dir()
