@@ -5,15 +5,16 @@ Nothing but the standard library is loaded before the flags are understood.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from deco_jax.errors import BrokenRun, UsageError
+from deco_jax.errors import BrokenRun, TransientError, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,14 +26,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     del arguments["command"]
     if overrides and run is _call:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-    try:
+    with exit_codes(debug):
         run(overrides, **arguments)
+
+
+@contextlib.contextmanager
+def exit_codes(debug: bool = False) -> Iterator[None]:
+    """Within it, an error ends the program: with 2 and one line for bad input, with 75 for what may pass by itself."""
+    go_on = "The same command goes on from what is saved."
+    try:
+        yield
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenRun as error:
         if debug or error.code == 1:
             traceback.print_exception(error.__cause__)
-        print(f"deco: error: {error}. The same command goes on from what is saved.", file=sys.stderr)
+        print(f"deco: error: {error}. {go_on}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(error.code)  # an ordinary exit would wait for the other processes
@@ -41,6 +50,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         print(f"deco: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if not load("deco_jax.storage:is_transient")(error):
+            raise
+        if debug:
+            traceback.print_exception(error)
+        reason = f"{error}" if isinstance(error, TransientError) else f"{type(error).__name__}: {error}"
+        print(f"deco: error: {reason.strip().splitlines()[0].rstrip('.')}. {go_on}", file=sys.stderr)
+        sys.exit(75)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -54,12 +71,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _call(_: list[str], function: str, **arguments: Any) -> None:
     """Runs a function with the flags' values."""
+    load("deco_jax.parallel.hardware:skip_absent_accelerators")()
     load(function)(**arguments)
 
 
 def _call_with_config(overrides: list[str], function: str, config: str, **arguments: Any) -> None:
     """Runs a function with the configuration of `--config` and its overrides, maybe as one process of several."""
     settings = load("deco_jax.config:load_config")(config, overrides)
+    load("deco_jax.parallel.hardware:skip_absent_accelerators")()
     load("deco_jax.parallel.processes:initialize")(settings.train.heartbeat_timeout)
     load(function)(config=settings, **arguments)
 
@@ -103,6 +122,8 @@ def _add_drawing(
     parser.add_argument("--num", type=int, default=64, help=f"{num} (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help=f"{seed} (default: 0)")
     parser.add_argument("--weights", choices=("ema", "online"), default="ema", help="default: ema")
+    text = "of matrix products (default: as it was trained)"
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help=text)
     parser.add_argument("--batch-size", type=int, default=batch_size, help=f"images at a time (default: {batch_size})")
     parser.add_argument("--overwrite", action="store_true", help=f"replace {files} already in --out")
 
@@ -116,6 +137,8 @@ def _add_prepare(commands: Any) -> None:
     parser.add_argument("--teacher", **chosen, required=True, help="prepare its features")
     parser.add_argument("--out", required=True, metavar="DIR", help="of the features; continued if it holds some")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time, on each process (default: 64)")
+    text = "of several that run independently and share --out, from 0/N on (default: as a SLURM array says, else all)"
+    parser.add_argument("--part", metavar="I/N", help=text)
 
 
 def _add_train(commands: Any) -> None:
@@ -132,9 +155,11 @@ def _add_sample(commands: Any) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     text = "of `deco train`; its newest checkpoint is used"
     source.add_argument("--workdir", dest="source", metavar="DIR", help=text)
-    source.add_argument("--checkpoint", dest="source", metavar="PATH", help="one checkpoint: WORKDIR/checkpoints/STEP")
+    text = "WORKDIR/checkpoints/STEP, .ckpt, .pt, .safetensors or folder"
+    source.add_argument("--checkpoint", dest="source", metavar="PATH", help=text)
     seed = "image i depends on the seed and i alone"
-    _add_drawing(parser, 64, out="grid.png and one PNG per image", files="pictures", num="images", seed=seed)
+    out = "grid.png and one PNG per image; continued if it holds some of the same"
+    _add_drawing(parser, 64, out=out, files="pictures", num="images", seed=seed)
     text = "as in 0,1,5-9,null; image i shows label i modulo their number (default: all)"
     parser.add_argument("--labels", default="all", help=text)
     trained = "(default: as the run's configuration says)"
@@ -181,8 +206,8 @@ def _add_convert(commands: Any) -> None:
     text = "Carry weights between this project and PyTorch."
     parser = _add_command(commands, "convert", _call, "deco_jax.porting.convert:convert", text)
     parser.add_argument("source", metavar="SRC", help="workdir, checkpoint, .ckpt, .pt, .pth, .safetensors or folder")
-    parser.add_argument("target", metavar="DST", help="NAME.safetensors, NAME.ckpt, or a folder")
-    text = "checkpoint, safetensors, ckpt or huggingface (default: by DST's ending)"
+    parser.add_argument("target", metavar="DST", help="NAME.safetensors, NAME.ckpt, NAME.pt, or a folder")
+    text = "checkpoint, safetensors, ckpt, pt or huggingface (default: by DST's ending)"
     parser.add_argument("--format", dest="kind", metavar="FORMAT", help=text)
     parser.add_argument("--weights", default="ema", help="ema or online, for formats with one set (default: ema)")
     parser.add_argument("--train-state", action="store_true", help="also optimiser, step and projector, to train on")

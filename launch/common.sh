@@ -41,6 +41,10 @@ train_command() {
   command+=("$@")
 }
 
+# is_final CODE: whether another start would end the same way.
+# 0: finished, or told to stop and saved. 2: bad input. 126, 127: the program cannot be run, or is not there.
+is_final() { [[ $1 =~ ^(0|2|126|127)$ ]]; }
+
 # How SIGTERM reaches what `run` started, process $child.
 pass_on() { kill -TERM "$child" 2>/dev/null || true; }
 

@@ -16,8 +16,7 @@ crashes=0
 while :; do
   started=$SECONDS code=0
   run "${command[@]}" || code=$?
-  # 0: finished, or told to stop and saved. 2: bad input, which a restart does not mend.
-  if [[ $code == 0 || $code == 2 || -n $stopped ]]; then exit "$code"; fi
+  if is_final "$code" || [[ -n $stopped ]]; then exit "$code"; fi
   if ((SECONDS - started > 3600)); then crashes=0; fi
   crashes=$((crashes + 1))
   if ((crashes > ${RESTARTS:-10})); then

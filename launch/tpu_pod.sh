@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # Trains on all hosts of a Cloud TPU. Asks for one (spot, as a queued resource) or takes the one of that name, copies the
-# commit that is checked out here to every host, installs it, mounts the bucket as /mnt/bucket, and runs. A TPU that was
-# preempted is replaced, a crashed run is started again, and both go on from the last checkpoint.
-#   TPU=xl ZONE=europe-west4-a TYPE=v6e-64 BUCKET=my-bucket bash launch/tpu_pod.sh \
-#     --config configs/imagenet256_deco_xl.py --workdir /mnt/bucket/xl --config.mesh.preset=fsdp
+# commit that is checked out here to every host, installs it, and runs. A TPU that was preempted is replaced, a crashed run
+# is started again, and both go on from the last checkpoint: the workdir is in a bucket.
+#   TPU=xl ZONE=europe-west4-a TYPE=v6e-64 bash launch/tpu_pod.sh --config configs/imagenet256_deco_xl.py \
+#     --workdir gs://my-bucket/xl --config.data.path=gs://my-bucket/tensorflow_datasets --config.mesh.preset=fsdp
 # It must stay running to notice a preemption: start it in tmux on a small VM that is logged in to gcloud. Ctrl-C or SIGTERM
 # saves and ends the run. In the end the TPU is still there, and is still paid for, until
 #   gcloud compute tpus queued-resources delete $TPU --zone=$ZONE --force
 # Environment: PROFILE_AT, COMPILATION_CACHE (see common.sh), and
-#   TPU, ZONE, TYPE, BUCKET   its name, zone and accelerator type; the bucket, with hierarchical namespace (docs/launch.md)
+#   TPU, ZONE, TYPE           its name, zone and accelerator type (v6e-64 has 64 chips; v5p-64 and tpu7x-64 have 32)
+#   PROJECT                   where it is made (default: gcloud's)
+#   NETWORK, SUBNETWORK       it is in (default: the project's "default")
+#   SERVICE_ACCOUNT           it acts as, and that may write to the bucket (default: Compute Engine's)
 #   RUNTIME                   version of the TPU VM's image (default: by TYPE)
 #   CAPACITY=--spot           or --reserved, or "" for on demand
 #   RESTARTS=10               crashes in a row before it gives up; a run of an hour begins a new row
@@ -16,8 +19,10 @@
 #   PAUSE=30                  seconds between looks at the TPU's state, and before a restart
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-: "${TPU:?is the name of the TPU}" "${ZONE:?is the zone}" "${TYPE:?is its type, as v6e-64}" "${BUCKET:?is the bucket}"
+: "${TPU:?is the name of the TPU}" "${ZONE:?is the zone}" "${TYPE:?is its type, as v6e-64}"
+if [[ -n ${PROJECT:-} ]]; then export CLOUDSDK_CORE_PROJECT=$PROJECT; fi # of all calls of gcloud
 case $TYPE in
+  tpu7x*) runtime=v2-alpha-tpu7-ubuntu2404 ;;
   v6e*) runtime=v2-alpha-tpuv6e ;;
   v5p*) runtime=v2-alpha-tpuv5 ;;
   v5litepod*) runtime=v2-alpha-tpuv5-lite ;;
@@ -56,8 +61,14 @@ get_tpu() { # returns when there is one; it may wait in the queue for days
         exit 1
       fi
       asked=$((asked + 1))
+      local options=(--node-id="$TPU" --accelerator-type="$TYPE" --runtime-version="${RUNTIME:-$runtime}")
+      if [[ -n ${NETWORK:-} ]]; then options+=(--network="$NETWORK"); fi
+      if [[ -n ${SUBNETWORK:-} ]]; then options+=(--subnetwork="$SUBNETWORK"); fi
+      if [[ -n ${SERVICE_ACCOUNT:-} ]]; then
+        options+=(--service-account="$SERVICE_ACCOUNT" --scopes=https://www.googleapis.com/auth/cloud-platform)
+      fi
       # shellcheck disable=SC2086 # CAPACITY may be empty
-      queued create --node-id="$TPU" --accelerator-type="$TYPE" --runtime-version="${RUNTIME:-$runtime}" ${CAPACITY---spot}
+      queued create "${options[@]}" ${CAPACITY---spot}
     elif [[ $request =~ ^(ACTIVE|SUSPENDED|FAILED)$ ]] && lost; then
       queued delete --force --quiet
     fi
@@ -66,24 +77,13 @@ get_tpu() { # returns when there is one; it may wait in the queue for days
 }
 
 # Once on every host; again, it changes nothing. What an earlier call has left running is ended first: it holds the chips.
-# Cached answers of the bucket would hide from a host what another one has just written.
 read -r -d '' prepare <<EOF || true
 set -e
 if pkill -TERM -x deco; then timeout 300 bash -c 'while pgrep -x deco; do sleep 1; done' >/dev/null || pkill -KILL -x deco; fi
 mkdir -p deco_jax && tar -xzf deco_jax.tar.gz -C deco_jax && cd deco_jax
 PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv # the image's Python is too old, or not ours to fill
 ~/.local/bin/uv python install --quiet 3.12
-PYTHON=\$(~/.local/bin/uv python find 3.12) bash -c 'source launch/venv.sh && make_venv ".[tpu]"'
-if ! command -v gcsfuse >/dev/null; then
-  curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/gcsfuse.asc >/dev/null
-  source=https://packages.cloud.google.com/apt
-  echo "deb [signed-by=/usr/share/keyrings/gcsfuse.asc] \$source gcsfuse-\$(lsb_release -cs) main" |
-    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
-  sudo apt-get update -qq && sudo apt-get install -y -qq gcsfuse
-fi
-sudo mkdir -p /mnt/bucket && sudo chown "\$USER" /mnt/bucket
-mountpoint -q /mnt/bucket ||
-  gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 "$BUCKET" /mnt/bucket
+PYTHON=\$(~/.local/bin/uv python find 3.12) bash -c 'source launch/venv.sh && make_venv ".[tpu,gcs]"'
 EOF
 
 start="cd deco_jax && env"
@@ -103,7 +103,7 @@ while :; do
   get_tpu
   started=$SECONDS code=0
   if prepare_hosts; then run on_all_hosts "$start" || code=$?; else code=1; fi
-  if [[ -n ${stopped:-} || $code == 0 || $code == 2 ]]; then exit "$code"; fi
+  if is_final "$code" || [[ -n ${stopped:-} ]]; then exit "$code"; fi
   if lost; then
     echo "tpu_pod.sh: $TPU was preempted; another one goes on from the last checkpoint." >&2
     continue

@@ -1,6 +1,7 @@
 """The command line as a user meets it: in processes of its own, with signals."""
 
 import dataclasses
+import errno
 import inspect
 import json
 import os
@@ -16,7 +17,8 @@ import pytest
 from PIL import Image
 
 from deco_jax import load_pretrained
-from deco_jax.cli import load, make_parser
+from deco_jax.cli import exit_codes, load, make_parser
+from deco_jax.errors import TransientError, UsageError
 from deco_jax.sampling.settings import Sampling
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -178,7 +180,7 @@ def test_a_workdir_serves_one_run_at_a_time(tmp_path):
     second = deco("train", *TINY, f"--workdir={tmp_path}", "--config.train.steps=1000000")
     process.kill()
     process.communicate()
-    assert second.returncode == 2 and "is in use by another process" in second.stderr
+    assert second.returncode == 2 and "is in use by another run: process " in second.stderr
 
 
 def test_sample_draws_the_same_image_whatever_the_batch(interrupted, tmp_path):
@@ -196,8 +198,9 @@ def test_sample_draws_the_same_image_whatever_the_batch(interrupted, tmp_path):
         assert np.abs(a - b).max() <= 1, f"image {i} depends on the batch or the devices"
     assert Image.open(tmp_path / "a" / "grid.png").size == (2 * 29 - 1, 3 * 29 - 1)  # a row for each label
 
-    again = deco(*base, "--num", 6, "--out", tmp_path / "a")
-    assert again.returncode == 2 and "already holds pictures; choose another folder or pass --overwrite" in again.stderr
+    again = deco(*base, "--num", 6, "--shift", 2, "--out", tmp_path / "a")
+    told = "already holds pictures that were drawn in another way (shift: 1.0 there, 2.0 here); choose another folder"
+    assert again.returncode == 2 and told in again.stderr
 
 
 @pytest.mark.parametrize(
@@ -205,7 +208,7 @@ def test_sample_draws_the_same_image_whatever_the_batch(interrupted, tmp_path):
     [
         (["train", *TINY, "--workdir=W", "--config.optimizer.lrr=1"], "nearest: --config.optimizer.lr."),
         (["train", "--config=configs/none.py", "--workdir=W"], "configs/none.py is no file. Here are: configs/"),
-        (["train", *TINY, "--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is no folder"),
+        (["train", *TINY, "--workdir=ftp://host/run"], "ftp://host/run is no address that can be read; allowed: gs://"),
         (["train", *TINY, "--workdir=README.md"], "--workdir=README.md is no folder"),
         (["train", *TINY, "--workdir=W", "--config.seed=-1"], "seed=-1 must be from 0"),
         (["train", *TINY, "--workdir=W", "--config.sample.guidance=nan"], "guidance=nan must be a finite number"),
@@ -251,6 +254,41 @@ def test_bad_sampling_arguments_are_one_line(interrupted, tmp_path, arguments, m
     (line,) = result.stderr.strip().splitlines()
     assert result.returncode == 2 and line.startswith("deco: error: ") and message in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error, code, message",
+    [
+        (UsageError("seed=-1 must be 0 or more."), 2, "deco: error: seed=-1 must be 0 or more.\n"),
+        (TransientError("reading /x still fails"), 75, "deco: error: reading /x still fails. The same command goes on"),
+        (
+            OSError(errno.ESTALE, "Stale file handle"),
+            75,
+            "deco: error: OSError: [Errno 116] Stale file handle. The same",
+        ),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_exit_codes(error, code, message, capsys):
+    """A scheduler starts again what ends with 75, and nothing that ends with 2."""
+    with pytest.raises(SystemExit) as end, exit_codes():
+        raise error
+    assert end.value.code == code and capsys.readouterr().err.startswith(message)
+
+
+def test_a_bug_shows_its_traceback():
+    with pytest.raises(ZeroDivisionError), exit_codes():
+        _ = 1 / 0
+
+
+def test_accelerators_that_are_not_there_are_not_asked(tmp_path):
+    """Their libraries, which `deco plan` needs, would print lines that begin with ERROR or end in a traceback."""
+    env = {name: value for name, value in ENV.items() if name != "JAX_PLATFORMS"}
+    result = deco("sample", "--workdir", tmp_path, "--out", tmp_path / "out", env=env)
+    assert len(result.stderr.splitlines()) == 1 and "holds no finished checkpoint" in result.stderr
+    code = "from deco_jax.parallel.hardware import skip_absent_accelerators as skip; skip(); import jax; jax.devices()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert done.stderr == ""
 
 
 def test_debug_shows_the_traceback(tmp_path):

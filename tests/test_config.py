@@ -155,10 +155,15 @@ def test_an_unknown_version_is_an_error(version):
 
 
 def test_a_field_younger_than_the_file_has_its_default():
-    """The first files say no version, and lack fields: the sampler's last step, the choice of what is predicted."""
+    """The first files say no version, and lack fields: the sampler's last step, the choice of what is predicted.
+
+    Where the default is not what these runs did, they have that: pixels were taken as they lay in the file.
+    """
     values = save_config(load_config(QUICKSTART))["config"]
     del values["sample"]["last"], values["model"]["prediction"], values["teacher"]
-    assert flatten(restore_config({"config": values})) == flatten(load_config(QUICKSTART))
+    del values["data"]["orient"], values["data"]["background"], values["train"]["save_minutes"]
+    restored = flatten(restore_config({"config": values}))
+    assert restored == flatten(load_config(QUICKSTART)) | {"data.orient": False, "data.background": ""}
 
 
 def test_the_files_of_version_1_are_read_whole():
@@ -171,11 +176,13 @@ def test_the_files_of_version_1_are_read_whole():
         then = flatten(values["config"])
         then["sample.guidance_interval"] = tuple(then["sample.guidance_interval"])
         assert "config_version" not in values and "sample.last" not in then
-        assert flatten(restore_config(values, name)) == then | {"sample.last": 0.0}
+        younger = {"sample.last": 0.0, "data.max_bad_share": 0.1, "train.save_minutes": 30.0, "train.reschedule": False}
+        decoding = {"data.orient": False, "data.background": ""}
+        assert flatten(restore_config(values, name)) == then | younger | decoding
 
 
 def test_migrations_run_in_order_from_the_files_version(monkeypatch):
-    """Made-up ones: version 3 called the learning rate `rate`, and version 4 doubled it."""
+    """Made-up ones: version 4 called the learning rate `rate`, and version 5 doubled it."""
 
     def rename(flat):
         return {"optimizer.rate" if name == "optimizer.lr" else name: value for name, value in flat.items()}
@@ -185,13 +192,13 @@ def test_migrations_run_in_order_from_the_files_version(monkeypatch):
         del flat["optimizer.rate"]
         return flat
 
-    monkeypatch.setattr(saved, "CONFIG_VERSION", 4)
-    monkeypatch.setattr(saved, "MIGRATIONS", saved.MIGRATIONS | {2: rename, 3: double})
+    monkeypatch.setattr(saved, "CONFIG_VERSION", 5)
+    monkeypatch.setattr(saved, "MIGRATIONS", saved.MIGRATIONS | {3: rename, 4: double})
     old = {"config": {"optimizer": {"lr": 0.5}}}
-    for version in ({}, {"config_version": 1}, {"config_version": 2}):
+    for version in ({}, {"config_version": 1}, {"config_version": 2}, {"config_version": 3}):
         assert restore_config(old | version).optimizer.lr == 1.0
-    assert restore_config({"config": {"optimizer": {"rate": 0.5}}, "config_version": 3}).optimizer.lr == 1.0
-    assert restore_config(old | {"config_version": 4}).optimizer.lr == 0.5
+    assert restore_config({"config": {"optimizer": {"rate": 0.5}}, "config_version": 4}).optimizer.lr == 1.0
+    assert restore_config(old | {"config_version": 5}).optimizer.lr == 0.5
 
 
 def test_every_version_has_a_way_to_the_next():

@@ -14,7 +14,7 @@ FLOORS = [
     ("errors", "version"),
     ("conditions", "diffusion", "export", "storage"),
     ("data", "models", "parallel", "weights"),
-    ("encoders", "sampling"),
+    ("encoders", "jobs", "sampling"),
     ("config",),
     ("checkpoints",),
     ("pretrained",),

@@ -81,6 +81,10 @@ FIELDS: dict[str, Field] = {
     "data.batch_size": Field(256, "global: over all devices and accumulation steps", low=1),
     "data.workers": free(8, "processes that read and decode, per process of the run; 0 = in that process", low=0),
     "data.max_bad_records": free(100, "unreadable images that are skipped before the run stops", low=0),
+    "data.max_bad_share": free(0.1, "the same as a share of all images; the lower limit holds", low=0, high=1),
+    "data.orient": free(True, "turn images as their EXIF orientation says; upstream's loader does not"),
+    "data.background": free("white", 'colour behind transparent pixels, a name or "#rrggbb"; "" = transparency is '
+                            "dropped, as upstream's loader does"),
 
     # Flow matching: at which times, and how often without the label.
     "flow.time_distribution": Field("lognorm", "of u: lognorm (sigmoid of a normal) or uniform",
@@ -127,10 +131,12 @@ FIELDS: dict[str, Field] = {
 
     # The run: how long it is, what it writes, and when.
     "train.steps": free(200_000, "optimiser steps", low=1),
-    "train.init_from": free("", 'workdir or checkpoint whose weights a new run starts from; "" = random'),
+    "train.reschedule": free(False, "go on although another train.steps changes the learning rate of steps done"),
+    "train.init_from": free("", 'whatever load_pretrained opens, whose weights a new run starts from; "" = random'),
     "train.max_nonfinite": free(20, "steps in a row without a finite loss and gradient, before the run stops", low=1),
     "train.log_every": free(50, "steps between scalars in the log", low=1),
     "train.save_every": free(5_000, "steps between checkpoints", low=1),
+    "train.save_minutes": free(30.0, "minutes between checkpoints, if that is sooner; 0 = by steps only", low=0),
     "train.keep": free(3, "most recent checkpoints kept", low=1),
     "train.keep_every": free(50_000, "checkpoints at multiples of this are kept for good; 0 = none", low=0),
     "train.sample_every": free(5_000, "steps between sample grids; 0 = none", low=0),

@@ -17,8 +17,10 @@ Flat = dict[str, Any]  # as `flatten` makes it
 MIGRATIONS: dict[int, Callable[[Flat], Flat]] = {
     # Did not say its version. At their defaults, the fields added since then do nothing; None stood for any default.
     1: lambda flat: {name: value for name, value in flat.items() if value is not None},
+    # Took pixels as they lay in the file, whatever its EXIF orientation or transparency.
+    2: lambda flat: flat | {"data.orient": False, "data.background": ""},
 }
-CONFIG_VERSION = 2
+CONFIG_VERSION = 3
 
 
 def save_config(config: ConfigDict) -> dict[str, Any]:

@@ -1,21 +1,26 @@
 """The teacher of a run: where its weights are, whether they suit the run, and what it sees in a batch."""
 
 import functools
+import hashlib
+import os
 import pathlib
 import re
 import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from deco_jax import storage
 from deco_jax.encoders.dinov2.model import SIZES, DINOv2, forward_flops
 from deco_jax.encoders.dinov2.weights import WHERE, read_dinov2
 from deco_jax.encoders.frozen import Frozen, FrozenWeights
-from deco_jax.errors import UsageError
-from deco_jax.storage import write_beside
+from deco_jax.errors import TransientError, UsageError
+from deco_jax.storage import AnyPath, is_transient
 
+WEIGHTS = "model.safetensors"  # as Hugging Face calls them
 IMAGE_PATCH = 16  # pixels of the image along a side that one feature stands for
 
 
@@ -83,32 +88,54 @@ def check_grids(config: ConfigDict) -> None:
 
 
 def find_weights(weights: str, cache: str) -> pathlib.Path:
-    """The file or folder that `teacher.weights` names: there, in the cache, or downloaded into it.
+    """The file or folder of this machine that `teacher.weights` names: there, in the cache, or downloaded into it.
+
+    Both may be addresses in a bucket, which is then copied once per machine; so is what is downloaded.
 
     Raises:
+      TransientError: Hugging Face, or the bucket, does not answer.
       UsageError: nowhere; says where to get it, and how to train without.
     """
-    given, cached = pathlib.Path(weights).expanduser(), pathlib.Path(cache).expanduser() / weights
-    for path in (given, cached):
-        if weights and path.exists():
-            return path
+    given, cached = storage.to_path(weights), storage.to_path(cache) / weights
+    for path in (given,) if storage.is_remote(weights) else (given, cached):
+        if weights and _exists(path):
+            return storage.local_copy(path)
     problem = f"teacher.weights={weights!r} is no file or folder here, nor in teacher.cache={cache}"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", weights) or given.suffix in (".pth", ".pt", ".safetensors"):
         raise UsageError(f"{problem}. {WHERE}")
+    lock = pathlib.Path(tempfile.gettempdir(), f"deco_jax_{os.getuid()}", f"{cached}".replace("/", "_"))
     try:
-        _download(weights, cached)
-    except Exception as error:  # of a library that reports a missing network in many ways
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}" if str(error) else repr(error)
+        with storage.host_lock(lock):  # the first process of a machine downloads, the others wait
+            if not _exists(cached):
+                storage.retried(f"downloading {weights} from Hugging Face", lambda: _download(weights, cached))
+    except TransientError as error:
+        raise TransientError(f"{problem}, and {error}. {WHERE}") from error
+    except Exception as error:  # of a library that reports a wrong name in many ways
+        if is_transient(error):
+            raise
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
         raise UsageError(f"{problem}, and downloading it from Hugging Face failed ({reason}). {WHERE}") from error
-    return cached
+    return storage.local_copy(cached)
 
 
-def _download(name: str, target: pathlib.Path) -> None:
-    """A model's config.json and weights from Hugging Face to `target`, which appears when all is there."""
-    from huggingface_hub import snapshot_download
+def _exists(path: AnyPath) -> bool:
+    with storage.reading(path):
+        return storage.retried(f"looking for {path}", path.exists)
 
-    with write_beside(target, first_wins=True) as draft:
-        snapshot_download(name, local_dir=draft, allow_patterns=["config.json", "model.safetensors"])
+
+def _download(name: str, target: AnyPath) -> None:
+    """A model's config.json and weights from Hugging Face to `target`, which appears when all is there and checked."""
+    import huggingface_hub
+
+    known = huggingface_hub.model_info(name, files_metadata=True)
+    wanted = {file.rfilename: file for file in known.siblings if file.rfilename in ("config.json", WEIGHTS)}
+    if WEIGHTS not in wanted:
+        raise FileNotFoundError(f"{name} has no {WEIGHTS}")
+    with storage.write_beside(target, first_wins=True) as draft:
+        for file in wanted:
+            huggingface_hub.hf_hub_download(name, file, revision=known.sha, local_dir=draft)
         shutil.rmtree(draft / ".cache", ignore_errors=True)
-        if not (draft / "model.safetensors").exists():
-            raise FileNotFoundError(f"{name} has no model.safetensors")
+        with (draft / WEIGHTS).open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        if wanted[WEIGHTS].lfs is not None and digest != wanted[WEIGHTS].lfs.sha256:
+            raise ConnectionError(f"{WEIGHTS} arrived with the hash {digest}, not {wanted[WEIGHTS].lfs.sha256}")

@@ -1,10 +1,16 @@
-"""What do the makers promise of their accelerators?"""
+"""Which accelerators does this machine have, and what do their makers promise of them?"""
 
 import dataclasses
+import importlib.util
+import os
+import pathlib
 
 import jax
 
 GIB = 2**30
+GOOGLE = "0x1ae0"  # as a maker of PCI devices
+OTHERS = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # what a machine with a GPU has one of
+LIBRARIES = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,3 +51,19 @@ def peak_flops(device: jax.Device) -> float | None:
     """Peak bf16 FLOP/s of a device, None where it is not known (a CPU, say)."""
     matches = [known for known in ACCELERATORS.values() if device.device_kind.startswith(known.kind)]
     return max(matches, key=lambda known: len(known.kind)).flops if matches else None
+
+
+def has_tpu() -> bool:
+    """Whether this machine has TPU chips, and the library for them."""
+    vendors = pathlib.Path("/sys/bus/pci/devices").glob("*/vendor")
+    return importlib.util.find_spec("libtpu") is not None and any(v.read_text().strip() == GOOGLE for v in vendors)
+
+
+def skip_absent_accelerators() -> None:
+    """On a machine without accelerators, their libraries (`deco plan` uses them) are not asked: they would complain.
+
+    Call it before anything touches JAX's devices. JAX_PLATFORMS, where set, wins.
+    """
+    installed = any(importlib.util.find_spec(name) for name in LIBRARIES)
+    if installed and not (jax.config.jax_platforms or has_tpu() or any(map(os.path.exists, OTHERS))):
+        jax.config.update("jax_platforms", "cpu")

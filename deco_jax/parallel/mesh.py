@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import enum
 import itertools
 import math
 import pathlib
@@ -223,14 +224,22 @@ def place_batch(batch: Any, mesh: Mesh, rows: np.ndarray, batch_size: int) -> An
     return jax.tree.map(place, batch)
 
 
-def place_messages(stop: bool, bad_R: np.ndarray, mesh: Mesh, rows: np.ndarray, batch_size: int) -> Array:
+class Flag(enum.IntFlag):
+    """What a process may tell the others with a step, all known to all one step late (see `place_messages`)."""
+
+    STOP = 1  # it was asked to stop
+    SAVE = 2  # it is time to save
+    ABSENT = 4  # it has no data; what stands in their place must not be trained on
+
+
+def place_messages(flags: int, bad_R: np.ndarray, mesh: Mesh, rows: np.ndarray, batch_size: int) -> Array:
     """What this process tells the others: (devices, 1 + batch per device) int32, one row for each device.
 
-    A row holds whether the process was asked to stop, and the bad records among the device's rows of the batch. Every
-    device has a row of its own: copies of one row on the tensor axis could differ, where that crosses processes.
+    A row holds the process's flags, and the bad records among the device's rows of the batch. Every device has a row
+    of its own: copies of one row on the tensor axis could differ, where that crosses processes.
 
     Args:
-      stop: whether it was.
+      flags: several `Flag`s, or 0.
       bad_R: of each of `rows`, the number of its record if that cannot be read, else −1.
       mesh, rows, batch_size: see `place_batch`.
     """
@@ -239,7 +248,7 @@ def place_messages(stop: bool, bad_R: np.ndarray, mesh: Mesh, rows: np.ndarray, 
     def row(index: tuple[slice, ...]) -> np.ndarray:
         device = index[0].indices(mesh.size)[0]
         first = np.searchsorted(rows, device // tensor * size)
-        return np.concatenate([[stop], bad_R[first : first + size]])[None].astype(np.int32)
+        return np.concatenate([[flags], bad_R[first : first + size]])[None].astype(np.int32)
 
     return jax.make_array_from_callback((mesh.size, 1 + size), messages_sharding(mesh), row)
 

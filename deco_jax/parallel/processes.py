@@ -5,9 +5,7 @@ Words are those of MPI and of jax.experimental.multihost_utils: broadcast, allga
 
 import contextlib
 import dataclasses
-import importlib.util
 import os
-import pathlib
 import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -17,12 +15,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from deco_jax.errors import AgreedError, BrokenRun, UsageError
+from deco_jax.errors import AgreedError, AgreedTransient, BrokenRun, UsageError
+from deco_jax.parallel.hardware import has_tpu
+from deco_jax.storage import is_transient
 
 T = TypeVar("T")
 COORDINATOR = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-GOOGLE = "0x1ae0"  # as a maker of PCI devices
 MESSAGE_BYTES = 1024  # of what one process tells the others
+PASSES = "try again: "  # how the message of an error begins that passes by itself
 # In messages, when a process is gone: of collectives and jax's coordination service; and, from jax only, of transport.
 SIGNS_OF_LOSS = ("gloo", "nccl", "coordination", "heartbeat")
 SIGNS_FROM_JAX = ("connection", "socket closed", "unavailable", "barrier", "process 0")
@@ -105,12 +105,6 @@ def _tasks_of_nodes(text: str) -> list[int]:
     return [int(tasks) for tasks, nodes in parts for _ in range(int(nodes or 1))]
 
 
-def _has_tpu() -> bool:
-    """Whether this machine has TPU chips, and the library for them."""
-    vendors = pathlib.Path("/sys/bus/pci/devices").glob("*/vendor")
-    return importlib.util.find_spec("libtpu") is not None and any(v.read_text().strip() == GOOGLE for v in vendors)
-
-
 def initialize(heartbeat_timeout: int) -> None:
     """Joins this process to the others of its run, if there are any, and prints what was decided.
 
@@ -123,7 +117,7 @@ def initialize(heartbeat_timeout: int) -> None:
       UsageError: jax does not take what the environment says.
       BrokenRun: the others did not come; to be tried again.
     """
-    decision = decide(os.environ, _has_tpu() and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu"))
+    decision = decide(os.environ, has_tpu() and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu"))
     print(f"Processes: {decision.text}.", flush=True)
     if decision.arguments is None:
         return
@@ -140,7 +134,12 @@ def initialize(heartbeat_timeout: int) -> None:
 
 
 def agree(check: Callable[[], T]) -> T:
-    """Runs `check` on every process; if it raises a UsageError on any of them, all raise an AgreedError."""
+    """Runs `check` on every process. If it fails on any of them, all raise the same.
+
+    Raises:
+      AgreedError: one of them raised a UsageError; another error is this process's alone, and comes through.
+      AgreedTransient: one raised an error that may pass by itself, and none a UsageError.
+    """
     if jax.process_count() == 1:
         return check()
     result, message = None, ""
@@ -148,15 +147,22 @@ def agree(check: Callable[[], T]) -> T:
         result = check()
     except UsageError as error:
         message = str(error)
-    for index, other in enumerate(_allgather(message)):
-        if message or other:
-            raise AgreedError(message or f"process {index} stopped: {other}")
+    except Exception as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) or not is_transient(error):
+            raise
+        message = f"{PASSES}{error}"
+    said, me = allgather(message), jax.process_index()
+    for kind, passes in ((AgreedError, False), (AgreedTransient, True)):
+        for index in sorted(range(len(said)), key=lambda index: index != me):  # its own mistake first
+            if said[index] and said[index].startswith(PASSES) == passes:
+                text = said[index].removeprefix(PASSES)
+                raise kind(text if index == me else f"process {index} stopped: {text}")
     return result
 
 
 def assert_equal(what: str, value: str) -> None:
     """Raises an AgreedError unless `value` is the same on every process."""
-    values = _allgather(value)
+    values = allgather(value)
     for index, other in enumerate(values):
         if other != values[0]:
             raise AgreedError(f"{what} of process {index} is {other}, of process 0 {values[0]}.")
@@ -164,7 +170,16 @@ def assert_equal(what: str, value: str) -> None:
 
 def broadcast(value: str) -> str:
     """Process 0's `value`, on every process."""
-    return _allgather(value)[0]
+    return allgather(value)[0]
+
+
+def allgather(text: str) -> list[str]:
+    """The `text` of every process, on every process; cut to MESSAGE_BYTES."""
+    if jax.process_count() == 1:
+        return [text]
+    row = np.frombuffer(text.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0"), np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(row, tiled=False))
+    return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
 @contextlib.contextmanager
@@ -179,7 +194,7 @@ def fail_together(closing: contextlib.ExitStack | None = None) -> Iterator[None]
     """
     try:
         yield
-    except AgreedError:
+    except (AgreedError, AgreedTransient):
         raise
     except BaseException as error:
         if jax.process_count() == 1:
@@ -187,15 +202,6 @@ def fail_together(closing: contextlib.ExitStack | None = None) -> Iterator[None]
         if closing is not None:
             closing.pop_all()
         raise broken_run(error) from error
-
-
-def _allgather(text: str) -> list[str]:
-    """The `text` of every process, on every process; cut to MESSAGE_BYTES."""
-    if jax.process_count() == 1:
-        return [text]
-    row = np.frombuffer(text.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0"), np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(row, tiled=False))
-    return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
 def broken_run(error: BaseException) -> BrokenRun:
@@ -211,4 +217,6 @@ def broken_run(error: BaseException) -> BrokenRun:
     if any(sign in str(error).lower() for sign in signs):
         reason = str(error).strip().splitlines()[0][:300]
         return BrokenRun(f"{where}: another process of this run ended or no longer answers ({reason})", 75)
+    if is_transient(error):
+        return BrokenRun(f"{where}: {error}", 75)
     return BrokenRun(f"{where}: {type(error).__name__}: {error}", 1)

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from deco_jax import storage
 from deco_jax.data.features import COMPLETE, PARTIAL, Contents, bad_file, features_file, missing_files, read_contents
@@ -26,53 +26,57 @@ from deco_jax.diffusion.flow import to_float
 from deco_jax.encoders import teacher as teachers
 from deco_jax.encoders.frozen import FrozenWeights
 from deco_jax.encoders.teacher import IMAGE_PATCH
-from deco_jax.errors import UsageError
+from deco_jax.errors import TransientError, UsageError
+from deco_jax.jobs import Job, Progress, Stopped, StopRequest, find_part, open_job
+from deco_jax.jobs.job import WHOLE
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel import processes
 from deco_jax.parallel.mesh import Layout
+from deco_jax.storage import AnyPath
 from deco_jax.version import __version__
 
 FILE_BYTES = 2**30  # of a file of features, at most
 
 
-def prepare_teacher(config: ConfigDict, out: str, batch_size: int) -> None:
+def prepare_teacher(config: ConfigDict, out: str, batch_size: int, part: str | None = None) -> None:
     """Stores the teacher's features of every record of the configuration's data, as `features` describes.
 
-    Goes on where an earlier start ended, file by file; with several processes, process k of n makes files k, k + n, ….
+    A file is a shard of the job: it goes on where an earlier start ended, and processes and parts share the files.
 
     Args:
       config: the whole configuration.
-      out: the folder; with several processes, one they all see.
+      out: the folder; with several processes or parts, one they all see.
       batch_size: images at a time on this process's devices, rounded up to a multiple of them.
+      part: see `jobs.find_part`.
 
     Raises:
       BrokenRun: this process of several fails alone, or others went away.
+      TransientError: data or folder do not answer; or this machine is about to be taken away.
       UsageError: data, teacher or folder are not to be had; the folder holds features of something else; or too many
         records cannot be read.
     """
-    folder, first = pathlib.Path(out).expanduser(), jax.process_index() == 0
-    with contextlib.ExitStack() as closing, processes.fail_together(closing):
-        source, teacher, contents = processes.agree(lambda: _open(config, out, batch_size))
+    with open_job("--out", out, find_part(part, os.environ)) as job:
+        source, teacher, contents = processes.agree(lambda: _open(config, batch_size))
         processes.assert_equal("what is to be prepared", repr(dataclasses.astuple(contents)))
-        processes.agree(lambda: closing.enter_context(_exclusive(folder, contents)) if first else None)
-        processes.agree(lambda: _check_shared(folder, contents, out))
-        done = (folder / COMPLETE).exists() and not missing_files(folder, contents)
+        processes.agree(lambda: _is_of(job.folder, contents))  # before anything is written there
+        job.claim(lambda: _begin(job, contents))
+
+        def missing() -> list[int]:
+            return missing_files(job.folder, contents)
+
+        done = (job.folder / COMPLETE).exists() and not missing()
         if processes.broadcast(str(done)) == "True":
-            if first:
-                print(f"{folder} is done: it holds the features of all {contents.records:,} records.")
+            job.say(f"{job.folder} is done: it holds the features of all {contents.records:,} records.")
             return
-        if first:
-            print(_summary(contents, folder))
-        _write_files(config, source, teacher, contents, folder, batch_size)  # one that fails waits for no other
-        processes.agree(lambda: _complete(config, source, contents, folder) if first else None)
-    if first:
-        print(f"{folder} is done. To train with it: --config.teacher.stored={folder}")
+        job.say(_summary(contents, len(missing())))
+        _write_files(job, config, source, teacher, contents, batch_size)
+        if job.finish(missing, lambda: _complete(config, source, contents, job.folder)):
+            job.say(f"{job.folder} is done. To train with it: --config.teacher.stored={job.folder}")
 
 
-def _open(config: ConfigDict, out: str, batch_size: int) -> tuple[Source, FrozenWeights, Contents]:
+def _open(config: ConfigDict, batch_size: int) -> tuple[Source, FrozenWeights, Contents]:
     if batch_size < 1:
         raise UsageError(f"--batch-size={batch_size} must be at least 1.")
-    storage.local_folder("--out", out)
     teachers.check_grids(config)
     source, teacher = open_source(config.data), teachers.load_teacher(config)
     tokens, width = (config.data.image_size // IMAGE_PATCH) ** 2, teacher.network.module.width
@@ -85,6 +89,7 @@ def _open(config: ConfigDict, out: str, batch_size: int) -> tuple[Source, Frozen
         image_size=config.data.image_size,
         patch=IMAGE_PATCH,
         teacher=teacher.digest,
+        decoding=source.decoding,
     )
     return source, teacher, contents
 
@@ -93,44 +98,37 @@ def _bytes(*shape: int) -> int:
     return int(np.prod(shape, dtype=np.int64)) * np.dtype(np.float16).itemsize
 
 
-def _summary(contents: Contents, folder: pathlib.Path) -> str:
+def _summary(contents: Contents, missing: int) -> str:
     size = _bytes(contents.records, contents.tokens, contents.features)
     return (
         f"Features of {contents.records:,} records, {contents.tokens}×{contents.features} float16 each: "
-        f"{size / 1e9:,.3f} GB in {contents.files} files; {len(missing_files(folder, contents))} are to be made."
+        f"{size / 1e9:,.3f} GB in {contents.files} files; {missing} are to be made."
     )
 
 
 # --- the folder
 
 
-@contextlib.contextmanager
-def _exclusive(folder: pathlib.Path, contents: Contents) -> Iterator[None]:
-    """Within it, this run alone writes to `folder`, whose features.partial.json says `contents`."""
-    known = _is_of(folder, contents)
-    if not known and next(folder.glob("features-*"), None):
-        raise UsageError(f"--out={folder} holds features, and nothing that says of what; choose another folder.")
-    with storage.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with storage.locked(folder, f"--out={folder}"):
-        with storage.writing(folder):
-            for draft in folder.glob(".features*"):  # of a start that was killed
-                shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
-        _check_space(folder, contents)
-        if not known:
-            storage.write_json(folder / PARTIAL, dataclasses.asdict(contents))
-        yield
+def _begin(job: Job, contents: Contents) -> None:
+    """Removes what a start that was killed has left, and writes into the folder what its features are of."""
+    if not storage.is_remote(job.folder):
+        with storage.writing(job.folder):
+            for draft in job.folder.glob(".features*"):
+                file = re.match(r"\.features-(\d+)", draft.name)
+                if job.part == WHOLE or (file and job.is_mine(int(file[1]))):  # other parts are at work
+                    shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+        _check_space(job.folder, contents)
+    if not _is_of(job.folder, contents):
+        storage.write_json(job.folder / PARTIAL, dataclasses.asdict(contents))
 
 
-def _check_shared(folder: pathlib.Path, contents: Contents, out: str) -> None:
-    if not storage.wait_until(lambda: _is_of(folder, contents)):
-        raise UsageError(f"--out={out} is not the folder that process 0 writes to; it must be shared.")
-
-
-def _is_of(folder: pathlib.Path, contents: Contents) -> bool:
-    """Whether the folder says that its features are those; UsageError if it says that they are others."""
-    said = read_contents(folder)
+def _is_of(folder: AnyPath, contents: Contents) -> bool:
+    """Whether the folder holds features, and says that they are those; UsageError if others, or it does not say."""
+    with storage.reading(folder):
+        said = read_contents(folder)
     if said is None:
+        if next(folder.glob("features-*"), None):
+            raise UsageError(f"--out={folder} holds features, and nothing that says of what; choose another folder.")
         return False
     there, ours = dataclasses.asdict(said[0]), dataclasses.asdict(contents)
     different = "; ".join(f"{k}: {there[k]} there, {ours[k]} here" for k in ours if there[k] != ours[k])
@@ -153,34 +151,27 @@ def _check_space(folder: pathlib.Path, contents: Contents) -> None:
 
 
 def _write_files(
-    config: ConfigDict,
-    source: Source,
-    teacher: FrozenWeights,
-    contents: Contents,
-    folder: pathlib.Path,
-    batch_size: int,
+    job: Job, config: ConfigDict, source: Source, teacher: FrozenWeights, contents: Contents, batch_size: int
 ) -> None:
     """This process's share of the files that are missing."""
-    missing, process = missing_files(folder, contents), jax.process_index()
-    mine = [file for file in missing if file % jax.process_count() == process]
-    if not mine:
-        return
-    layout = meshes.local_layout()
+    layout, mine = meshes.local_layout(), job.share(missing_files(job.folder, contents))
     batch_size = meshes.round_up(min(batch_size, contents.records), layout.mesh)
-    bad = BadRecords(source, config.data.max_bad_records)
-    bad.check(np.array(_bad_so_far(folder, contents), int))
-
-    records_MxB = np.concatenate([_in_batches(contents, file, batch_size) for file in mine])
-    load = LoadRecords(source, contents.image_size)
-    workers = min(config.data.workers, len(records_MxB))
+    bad = BadRecords(source, config.data, _bad_so_far(job.folder, contents))
+    bad.check(np.array([], int))
     images = sum(contents.shape(file)[0] for file in mine)
-    with (
-        contextlib.closing(read_ahead(grain.MapDataset.source(records_MxB).map(load), workers)) as batches,
-        tqdm(total=images, unit="image", disable=None if process == 0 else True) as progress,
-    ):
-        computed = _compute(teacher, batches, layout, source)
-        for file in mine:
-            _write_file(features_file(folder, file), contents.shape(file), computed, bad, progress)
+    with contextlib.ExitStack() as closing:
+        progress = closing.enter_context(contextlib.closing(Progress(images, "image", active=job.first)))
+        computed = iter(())
+        if mine:
+            records_MxB = np.concatenate([_in_batches(contents, file, batch_size) for file in mine])
+            load = LoadRecords(source, contents.image_size)
+            workers = min(config.data.workers, len(records_MxB))
+            batches = read_ahead(grain.MapDataset.source(records_MxB).map(load), workers)
+            computed = _compute(teacher, closing.enter_context(contextlib.closing(batches)), layout, source)
+        for file in job.shards(mine):
+            with contextlib.suppress(Stopped):
+                path = features_file(job.folder, file)
+                _write_file(path, contents.shape(file), computed, bad, progress, job.stop)
 
 
 def _in_batches(contents: Contents, file: int, batch_size: int) -> np.ndarray:
@@ -206,6 +197,8 @@ class LoadRecords(grain.transforms.Map):
             try:
                 if record >= 0:
                     images[row] = self.source.load(record)["image"]
+            except (TransientError, UsageError):  # say nothing about the record
+                raise
             except Exception:  # whatever a decoder throws at a broken file
                 bad[row] = record
         return {"image": images, "record": records_B, "bad": bad}
@@ -249,24 +242,27 @@ def _compute(
 
 
 def _write_file(
-    path: pathlib.Path,
+    path: AnyPath,
     shape: tuple[int, int, int],
     computed: Iterator[tuple[np.ndarray, np.ndarray]],
     bad: BadRecords,
-    progress: tqdm,
+    progress: Progress,
+    stop: StopRequest,
 ) -> None:
-    """One file, from as many batches as it takes; what is unreadable in it is written first."""
+    """One file, from as many batches as it takes; what is unreadable in it is written first. Stopped: none."""
     missing, unreadable = shape[0], []
-    with storage.writing(path), storage.write_beside(path) as draft, draft.open("wb") as file:
+    with storage.write_beside(path) as draft, draft.open("wb") as file:
         header = {"descr": "<f2", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         while missing > 0:
+            stop.check()
             features_BxNxF, bad_B = next(computed)
             bad.check(bad_B)
             unreadable += bad_B[bad_B >= 0].tolist()
             rows = min(missing, len(features_BxNxF))
-            file.write(features_BxNxF[:rows])
-            progress.update(rows)
+            with storage.writing(path):
+                file.write(features_BxNxF[:rows])
+            progress.update(progress.done + rows)
             missing -= rows
         file.flush()
         os.fsync(file.fileno())
@@ -275,24 +271,23 @@ def _write_file(
             storage.write_json(bad_file(path), unreadable)
 
 
-def _bad_so_far(folder: pathlib.Path, contents: Contents) -> list[int]:
+def _bad_so_far(folder: AnyPath, contents: Contents) -> list[int]:
     """Numbers of the records that could not be read when the files that are there were made."""
-    missing = set(missing_files(folder, contents))
-    paths = [bad_file(features_file(folder, file)) for file in range(contents.files) if file not in missing]
-    try:
-        return [int(record) for path in paths if path.exists() for record in json.loads(path.read_text())]
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{folder}: a features-*.bad.json is damaged ({error}); remove it and its .npy.") from error
+    missing, found = set(missing_files(folder, contents)), []
+    for path in folder.glob("features-*.bad.json"):
+        if int(path.name.split(".")[0].removeprefix("features-")) in missing:
+            continue
+        try:
+            found += [int(record) for record in json.loads(path.read_text())]
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{path} is damaged ({error}); remove it and its .npy.") from error
+    return sorted(found)
 
 
-def _complete(config: ConfigDict, source: Source, contents: Contents, folder: pathlib.Path) -> None:
-    """Writes features.json, once all files are there."""
-    if not storage.wait_until(lambda: not missing_files(folder, contents)):
-        raise UsageError(
-            f"--out={folder} lacks files that other processes have written; it must be a folder they all see."
-        )
+def _complete(config: ConfigDict, source: Source, contents: Contents, folder: AnyPath) -> None:
+    """Writes features.json."""
     bad = _bad_so_far(folder, contents)
-    BadRecords(source, config.data.max_bad_records, log=False).check(np.array(bad, int))
+    BadRecords(source, config.data, bad).check(np.array([], int))
     made = {"bad": bad, "deco_jax": __version__, "date": datetime.date.today().isoformat()}
     storage.write_json(folder / COMPLETE, dataclasses.asdict(contents) | made)
     (folder / PARTIAL).unlink(missing_ok=True)

@@ -8,6 +8,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
+from deco_jax.storage import Mirror
+
 
 class Clock:
     """Seconds spent in each phase of one start of a run."""
@@ -33,10 +35,10 @@ class Goodput:
     time not running.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int, clock: Clock, active: bool):
+    def __init__(self, mirror: Mirror, step: int, clock: Clock, active: bool):
         self.clock, self.attempts = clock, 1
         self.before: Counter[str] = Counter()  # seconds of earlier attempts, and what was lost between them
-        self.path = workdir / "goodput.jsonl" if active else pathlib.Path(os.devnull)
+        self.path = mirror.fetch("goodput.jsonl") if active else pathlib.Path(os.devnull)
         lines = []
         for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
             with contextlib.suppress(ValueError):  # a machine that died may have cut off its last line

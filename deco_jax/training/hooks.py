@@ -44,12 +44,12 @@ class SampleGrids:
 
 
 class Profile:
-    """A profile of the five steps from `train.profile_at` on, in WORKDIR/profile; 0 = none."""
+    """A profile of the five steps from `train.profile_at` on, in FOLDER/profile; 0 = none."""
 
-    def __init__(self, config: ConfigDict, workdir: pathlib.Path):
+    def __init__(self, config: ConfigDict, folder: pathlib.Path):
         self.at = config.train.profile_at
         # Hosts may have the same name.
-        self.folder = workdir / "profile" / f"process_{jax.process_index()}"
+        self.folder = folder / "profile" / f"process_{jax.process_index()}"
         self.running = contextlib.ExitStack()
 
     def __call__(self, step: int) -> None:

@@ -1,9 +1,12 @@
 """AdamW and its learning rate, every hyper-parameter written out (docs/model.md, section 6)."""
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from ml_collections import ConfigDict
+
+from deco_jax.errors import UsageError
 
 
 def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
@@ -20,6 +23,29 @@ def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
         return config.lr * rise * fall
 
     return schedule
+
+
+def check_schedule(then: ConfigDict, now: ConfigDict, step: int) -> list[str]:
+    """Compares the learning rates that two whole configurations give to the first `step` steps, which are done.
+
+    Returns:
+      What is different, for the log, in so far as no changed field says it.
+
+    Raises:
+      UsageError: another train.steps changes them, since the rate falls at its end, and nobody asked for that.
+    """
+    old, new = (np.asarray(learning_rate(c.optimizer, c.train.steps)(np.arange(step))) for c in (then, now))
+    wanted = any(then.optimizer[name] != now.optimizer[name] for name in ("lr", "warmup_steps", "decay_steps"))
+    if wanted or np.allclose(old, new, rtol=1e-6, atol=0):
+        return []
+    if not now.train.reschedule:
+        raise UsageError(
+            f"train.steps={now.train.steps} with optimizer.decay_steps={now.optimizer.decay_steps} changes the "
+            f"learning rate of steps done: step {step} had {old[-1]:.3g}, not {new[-1]:.3g}, since train.steps was "
+            f"{then.train.steps}. --config.train.reschedule=True goes on with the new rates; or set another "
+            "optimizer.decay_steps, 0 for a constant rate."
+        )
+    return [f"learning rate of step {step}: {old[-1]:.3g} there, {new[-1]:.3g} here"]
 
 
 def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:

@@ -1,35 +1,43 @@
 """What does a run tell while it trains? Scalars to JSONL and TensorBoard, pictures, a progress bar or lines."""
 
+import contextlib
 import json
-import os
-import pathlib
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
+from deco_jax.errors import TransientError
+from deco_jax.jobs import Progress
 from deco_jax.parallel.hardware import peak_flops
+from deco_jax.sampling.pictures import save_png
+from deco_jax.storage import Mirror
 from deco_jax.training.goodput import Clock, Goodput
+
+COPY_EVERY = 60.0  # seconds between copies of what was written, where the workdir is in a bucket
 
 
 class Reporter:
     """All that a run tells while it trains. The scalars of a step are read when the next one is under way."""
 
     def __init__(
-        self, config: ConfigDict, batch_size: int, workdir: pathlib.Path, step: int, clock: Clock, image_flops: float
+        self, config: ConfigDict, batch_size: int, mirror: Mirror, step: int, clock: Clock, image_flops: float
     ):
         """`config` is the `train` part of a configuration, `step` the first, `image_flops` a step's per image."""
-        active = jax.process_index() == 0
-        self.config, self.batch_size, self.clock, self.step = config, batch_size, clock, step
+        first = jax.process_index() == 0
+        self.config, self.batch_size, self.clock, self.step, self.mirror = config, batch_size, clock, step, mirror
         peak = peak_flops(jax.devices()[0])
         self.mfu_of_an_image = None if peak is None else image_flops / (peak * jax.device_count())
-        self.writers, self.progress = Writers(workdir, active), Progress(config.steps, step, active)
-        self.goodput = Goodput(workdir, step, clock, active)
+        self.progress = Progress(config.steps, "step", step, first)
+        self.writers = Writers(mirror) if first else None
+        self.goodput = Goodput(mirror, step, clock, first)
         self.waiting: tuple[int, dict[str, jax.Array]] | None = None  # a step to log, its metrics on the devices
         self.since: tuple[int, float, float] | None = None  # see `_now`, when something was last logged
+        self.copied = time.monotonic()
 
     def after(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes note of a step that has been dispatched; logs the one that was waiting."""
@@ -39,6 +47,12 @@ class Reporter:
             self.since = self._now(step)
         if step % self.config.log_every == 0 or step == self.config.steps:
             self.waiting = step, metrics
+
+    def return_to(self, step: int) -> None:
+        """Nothing is told of later steps, which changed nothing."""
+        self.step = step
+        if self.waiting is not None and self.waiting[0] > step:
+            self.waiting = None
 
     def write(self) -> None:
         """Writes the scalars that are waiting, if there are any."""
@@ -53,8 +67,14 @@ class Reporter:
             values["images_per_second"] = self.batch_size / values["step_seconds"]
             if self.mfu_of_an_image is not None:
                 values["mfu"] = values["images_per_second"] * self.mfu_of_an_image
-        self.writers.scalars(step, values)
-        self.progress.update(step, values)
+        if self.writers is not None:
+            self.writers.scalars(step, values)
+        shown = f"loss {values['loss']:.4f}"
+        if steps:
+            shown += f", {values['images_per_second']:.0f} images/s"
+        self.progress.show(step, shown, values.get("step_seconds"))
+        if time.monotonic() - self.copied > COPY_EVERY:
+            self.flush()
 
     def _now(self, step: int) -> tuple[int, float, float]:
         """(step, a clock that stands still while the run samples, saves or compiles, seconds of waiting for data)."""
@@ -62,87 +82,92 @@ class Reporter:
         busy = time.perf_counter() - sum(seconds[name] for name in ("eval", "checkpoint", "compile"))
         return step, busy, seconds["data wait"]
 
-    def saved(self, step: int) -> None:
+    def picture(self, step: int, grid_HxWx3: np.ndarray) -> None:
+        """Keeps a grid of samples (uint8)."""
+        if self.writers is not None:
+            self.writers.picture(step, grid_HxWx3)
+
+    def tell(self, lines: Iterable[str]) -> None:
+        """Prints lines as they are."""
+        for line in lines:
+            self.progress.say(line)
+
+    def saving(self, step: int) -> None:
         """Takes note of a checkpoint."""
-        self.goodput.note(step)
-        self.writers.flush()
+        with going_on("goodput.jsonl"):
+            self.goodput.note(step)
+        self.flush()
+
+    def flush(self) -> None:
+        """What was written so far outlives this process."""
+        self.copied = time.monotonic()
+        if self.writers is not None:
+            self.writers.flush()
+        self.mirror.flush()
 
     def close(self, error_type: type | None, *_: Any) -> None:
         """Ends logs and bar, and says where the time went; called as the run ends, with the exception's type if any."""
         ended = error_type is None and self.step >= self.config.steps
-        self.writers.close()
-        self.progress.bar.close()
-        self.progress.say(self.goodput.close(self.step, ended))
+        self.progress.close()
+        with going_on("goodput.jsonl"):
+            self.progress.say(self.goodput.close(self.step, ended))
+        if self.writers is not None:
+            self.writers.close()
+        with going_on("metrics, pictures or profile"):
+            self.mirror.close()
 
 
 class Writers:
-    """Scalars and pictures of a run: `metrics.jsonl`, one line per logged step, and `tensorboard/`.
+    """Scalars and pictures of a run: `metrics.jsonl`, one line per logged step; `tensorboard/`; `samples/`.
 
-    A resumed run appends to both. Only the writers of the first process are active; those of the others write nothing.
+    A resumed run appends. What the disk or bucket does not take is missing, with a warning: no reason to end a run.
     """
 
-    def __init__(self, workdir: pathlib.Path, active: bool):
+    def __init__(self, mirror: Mirror):
         import tensorboardX  # imports torch where that is installed, so not before a run needs it
 
-        self.path = workdir / "metrics.jsonl" if active else pathlib.Path(os.devnull)
+        self.folder, self.path = mirror.folder, mirror.fetch("metrics.jsonl")
         self.jsonl = self._open()
-        self.tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), write_to_disk=active)
+        self.tensorboard = tensorboardX.SummaryWriter(str(self.folder / "tensorboard"))
 
     def _open(self) -> Any:
         return self.path.open("a", buffering=1, encoding="utf-8")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Writes one line of scalars. A value that is not finite becomes null in the JSONL."""
+        """Writes one line of scalars. A value that is not finite becomes null in the JSONL, a gap in TensorBoard."""
         line = {k: v if np.isfinite(v) else None for k, v in values.items()}
-        self.jsonl.write(json.dumps({"step": step, "time": time.time(), **line}) + "\n")
-        for name, value in values.items():
-            self.tensorboard.add_scalar(name, value, step)
+        with going_on("metrics"):
+            if self.jsonl.closed:  # it could not be opened again
+                self.jsonl = self._open()
+            self.jsonl.write(json.dumps({"step": step, "time": time.time(), **line}) + "\n")
+            for name, value in line.items():
+                if value is not None:
+                    self.tensorboard.add_scalar(name, value, step)
 
     def picture(self, step: int, grid_HxWx3: np.ndarray) -> None:
-        """Shows a grid of samples (uint8) in TensorBoard."""
-        self.tensorboard.add_image("samples", grid_HxWx3, step, dataformats="HWC")
-        self.tensorboard.flush()
+        """Keeps a grid of samples (uint8) as a file, and shows it in TensorBoard."""
+        with going_on("samples"):
+            save_png(grid_HxWx3, self.folder / "samples" / f"step_{step:08d}.png")
+            self.tensorboard.add_image("samples", grid_HxWx3, step, dataformats="HWC")
 
     def flush(self) -> None:
         """What was written so far outlives this process, also in a mounted bucket, which stores what is closed."""
-        self.jsonl.close()
-        self.jsonl = self._open()
-        self.tensorboard.flush()
+        with going_on("metrics"):
+            self.jsonl.close()
+            self.jsonl = self._open()
+            self.tensorboard.flush()
 
     def close(self) -> None:
         """Flushes both."""
-        self.jsonl.close()
-        self.tensorboard.close()
+        with going_on("metrics"):
+            self.jsonl.close()
+            self.tensorboard.close()
 
 
-class Progress:
-    """A bar with loss, images/s and time left in a terminal; elsewhere one line per logged step."""
-
-    def __init__(self, total: int, start: int, active: bool):
-        self.total, self.active = total, active
-        disable = None if active else True  # None: unless stderr is a terminal
-        self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05, disable=disable)
-
-    def update(self, step: int, values: dict[str, float]) -> None:
-        """Shows the scalars logged for `step`."""
-        shown, left = f"loss {values['loss']:.4f}", ""
-        if "step_seconds" in values:
-            shown += f", {values['images_per_second']:.0f} images/s"
-            left = f", {_duration((self.total - step) * values['step_seconds'])} left"
-        if self.bar.disable:
-            self.say(f"step {step}/{self.total}: {shown}{left}")
-        else:
-            self.bar.set_postfix_str(shown, refresh=False)
-            self.bar.update(step - self.bar.n)
-
-    def say(self, text: str) -> None:
-        """Prints a line, above the bar if there is one."""
-        if self.active:
-            with tqdm.external_write_mode():
-                print(text, flush=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+@contextlib.contextmanager
+def going_on(what: str) -> Iterator[None]:
+    """Within it, an error of the system or of a bucket is a warning: `what` cannot be written."""
+    try:
+        yield
+    except (OSError, TransientError) as error:
+        logging.warning("%s cannot be written (%s: %s), which does not end the run.", what, type(error).__name__, error)

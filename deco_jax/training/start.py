@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import pathlib
 from typing import Any
 
 import jax
@@ -11,7 +10,6 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from deco_jax.checkpoints import store
 from deco_jax.data.features import StoredFeatures, open_features
 from deco_jax.data.pipeline import fingerprint
 from deco_jax.data.sources import Source, open_source
@@ -22,6 +20,7 @@ from deco_jax.models.build import network_fields
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel import processes
 from deco_jax.parallel.mesh import Layout
+from deco_jax.pretrained.load import Pretrained, open_pretrained
 from deco_jax.training.overview import parameter_table
 from deco_jax.training.state import TrainState
 from deco_jax.training.step import TrainStep, make_train_step
@@ -117,17 +116,17 @@ def abstract_on_host(config: ConfigDict) -> TrainState:
     return abstract_state(make_train_step(config), Layout(mesh))
 
 
-def find_weights(config: ConfigDict) -> tuple[pathlib.Path, int] | None:
-    """The checkpoint that `train.init_from` names, (its folder, step); None if a run starts from random weights.
+def find_weights(config: ConfigDict) -> Pretrained | None:
+    """What `train.init_from` names, see `load_pretrained`; None if a run starts from random weights.
 
     Raises:
-      UsageError: there is none, or it holds another network.
+      UsageError: there is nothing, or it holds another network.
     """
     path = config.train.init_from
     if not path:
         return None
-    folder, step = store.find_checkpoint(path)
-    theirs, ours = store.read_config(folder, step).model, config.model
+    found = open_pretrained(path)
+    theirs, ours = found.config.model, config.model
     different = [
         f"model.{field}: {theirs[field]} there, {ours[field]} here"
         for field in ("kind", *network_fields(ours.kind))
@@ -135,28 +134,35 @@ def find_weights(config: ConfigDict) -> tuple[pathlib.Path, int] | None:
     ]
     if different:
         raise UsageError(f"train.init_from={path} holds another network: {'; '.join(different)}.")
-    return folder, step
+    return found
 
 
 def first_state(
-    train_step: TrainStep, abstract: TrainState, layout: Layout, weights: tuple[pathlib.Path, int] | None = None
+    train_step: TrainStep, abstract: TrainState, layout: Layout, weights: Pretrained | None = None
 ) -> TrainState:
     """A run's state before its first step: random, or with the weights that `find_weights` found.
 
-    The projector is taken over as well where both runs align to features of the same size.
+    One set of weights serves as both where there is no other. The projector is taken over as well where both are runs
+    of ours that align to features of the same size.
+
+    Raises:
+      AgreedError: some of the weights are not finite, or cannot be read.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     with meshes.use_mesh(layout):
         state = jax.jit(lambda: nn.meta.unbox(train_step.initial_state()), out_shardings=shardings)()
     if weights is None:
         return state
-    wanted: dict[str, Any] = {"params": {"network": abstract.params["network"]}, "ema": abstract.ema}
-    ours, theirs = train_step.config.loss, store.read_config(*weights).loss
-    aligned = ours.alignment_weight and theirs.alignment_weight and not store.read_meta(*weights).get("weights_only")
-    if aligned and theirs.alignment_features == ours.alignment_features:
-        wanted["params"]["projector"] = abstract.params["projector"]
-    part = store.restore_part(*weights, wanted)
-    return state.replace(params={**state.params, **part["params"]}, ema=part["ema"])
+
+    def read(which: str, like: Any) -> Any:
+        return processes.agree(lambda: weights.read(which if which in weights.sets else weights.sets[0], like))
+
+    params = {**state.params, "network": read("online", abstract.params["network"])}
+    ours, theirs = train_step.config.loss, weights.config.loss
+    if weights.has_projector and ours.alignment_weight and theirs.alignment_features == ours.alignment_features:
+        wanted = {"params": {"projector": abstract.params["projector"]}}
+        params["projector"] = weights.restore(wanted)["params"]["projector"]
+    return state.replace(params=params, ema=read("ema", abstract.ema))
 
 
 def summary(config: ConfigDict, parts: Parts, parameters: int, begin: str) -> str:

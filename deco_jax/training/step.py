@@ -18,7 +18,7 @@ from deco_jax.diffusion.objective import Objective
 from deco_jax.encoders.frozen import Frozen
 from deco_jax.models import Projector
 from deco_jax.models.flops import forward_flops
-from deco_jax.parallel.mesh import Layout, messages_sharding, replicated
+from deco_jax.parallel.mesh import Flag, Layout, messages_sharding, replicated
 from deco_jax.training.optimizer import clip, learning_rate, make_optimizer
 from deco_jax.training.state import TrainState
 
@@ -69,6 +69,10 @@ class TrainStep:
         Returns:
           (state, metrics); metrics are fp32 or int32 scalars.
         """
+        return self.update(state, *self.gradients(state, batch, frozen_params))
+
+    def gradients(self, state: TrainState, batch: Batch, frozen_params: Any = None) -> tuple[Any, Metrics]:
+        """(gradients, losses) of one global batch; see `__call__`."""
         parts = self.config.optimizer.accumulation
         keys_B = example_keys(jax.random.key(self.config.seed), state.step, batch["image"].shape[0])
 
@@ -76,21 +80,19 @@ class TrainStep:
             """(B, …) → (parts, B/parts, …), every device keeping its own examples."""
             return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
-        gradients = functools.partial(self._gradients, state.params, frozen_params)
+        gradients = functools.partial(self._part_gradients, state.params, frozen_params)
         if parts == 1:
-            grads, metrics = gradients((keys_B, batch))
-        else:
-            first = jax.eval_shape(gradients, jax.tree.map(lambda x: split(x)[0], (keys_B, batch)))
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-            total, _ = jax.lax.scan(
-                lambda sums, part: (jax.tree.map(jnp.add, sums, gradients(part)), None),
-                zeros,
-                jax.tree.map(split, (keys_B, batch)),
-            )
-            grads, metrics = jax.tree.map(lambda x: x / parts, total)
-        return self.update(state, grads, metrics)
+            return gradients((keys_B, batch))
+        first = jax.eval_shape(gradients, jax.tree.map(lambda x: split(x)[0], (keys_B, batch)))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+        total, _ = jax.lax.scan(
+            lambda sums, part: (jax.tree.map(jnp.add, sums, gradients(part)), None),
+            zeros,
+            jax.tree.map(split, (keys_B, batch)),
+        )
+        return jax.tree.map(lambda x: x / parts, total)
 
-    def _gradients(self, params: Any, frozen_params: Any, part: tuple[Array, Batch]) -> tuple[Any, Metrics]:
+    def _part_gradients(self, params: Any, frozen_params: Any, part: tuple[Array, Batch]) -> tuple[Any, Metrics]:
         """(gradients, losses) of examples and their keys."""
         keys, batch = part
         images = nn.with_logical_constraint(to_float(batch["image"]), ("batch", None, None, None))
@@ -108,10 +110,15 @@ class TrainStep:
         condition = self.network.condition.from_batch(batch)
         return self.objective(network, project, batch["image"], condition, draws, batch.get("features"))
 
-    def update(self, state: TrainState, gradients: Any, metrics: Metrics) -> tuple[TrainState, Metrics]:
-        """Applies gradients: optimiser, then EMA. A step whose loss or gradient is not finite changes neither."""
-        norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+    def update(
+        self, state: TrainState, gradients: Any, metrics: Metrics, whole: Array | bool = True
+    ) -> tuple[TrainState, Metrics]:
+        """Applies gradients: optimiser, then EMA. A step whose loss or gradient is not finite changes neither.
+
+        `whole`: whether all of the batch was there; if not, nothing of the state changes, its `step` neither.
+        """
+        norm, finite = _norm(gradients, metrics)
+        whole = jnp.asarray(whole)
         gradients = clip(gradients, self.config.optimizer)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -123,17 +130,17 @@ class TrainStep:
         ema = jax.tree.map(lambda e, p: e * decay + p * (1 - decay), state.ema, params["network"])
 
         params, ema, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
+            lambda new, old: jnp.where(finite & whole, new, old),
             (params, ema, opt_state),
             (state.params, state.ema, state.opt_state),
         )
         state = TrainState(
-            step=state.step + 1,
+            step=state.step + whole,
             params=params,
             ema=ema,
             opt_state=opt_state,
-            skipped=state.skipped + ~finite,
-            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+            skipped=state.skipped + (whole & ~finite),
+            skipped_in_a_row=jnp.where(whole, jnp.where(finite, 0, state.skipped_in_a_row + 1), state.skipped_in_a_row),
         )
         metrics |= {
             "gradient_norm": norm,
@@ -172,20 +179,30 @@ def jit_step(train_step: TrainStep, abstract: TrainState, layout: Layout) -> Cal
       layout: what both lie on.
 
     Messages are what each process tells the others (see `place_messages`): one row per device on the way in, whole on
-    every process on the way out. Metrics are whole everywhere as well.
+    every process on the way out. Metrics are whole everywhere as well. If a process says that its data are absent, the
+    state stays as it is; whether they are is asked of messages, as copies of a batch's rows may lie in two processes.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     whole = replicated(layout.mesh)
 
     def step(state: TrainState, batch: Batch, messages: Array, frozen: Any) -> tuple[TrainState, Metrics, Array]:
-        state, metrics = train_step(state, batch, frozen)
-        # Sent when the step is done, not beside its collectives: simulated devices have too few threads for two at a
-        # time and would wait for each other forever. The number is never negative, which the compiler cannot know.
-        done = metrics["skipped_in_a_row"] >= 0
-        messages = jnp.where(done, messages, 0)
-        return state, metrics, jax.lax.with_sharding_constraint(messages, messages_sharding(layout.mesh))
+        gradients, metrics = train_step.gradients(state, batch, frozen)
+        # Sent when gradients are there, not beside their collectives: simulated devices have too few threads for two at
+        # a time and would wait for each other forever. The sum is never negative, which the compiler cannot know.
+        sent = state.skipped_in_a_row + _norm(gradients, metrics)[1] >= 0
+        messages = jax.lax.with_sharding_constraint(jnp.where(sent, messages, 0), messages_sharding(layout.mesh))
+        messages = jax.lax.with_sharding_constraint(messages, whole)
+        absent = jnp.any(messages[:, 0] & Flag.ABSENT)
+        state, metrics = train_step.update(state, gradients, metrics, ~absent)
+        return state, metrics, messages
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole, whole))
+
+
+def _norm(gradients: Any, metrics: Metrics) -> tuple[Array, Array]:
+    """The global norm of the gradients, and whether it and the loss are finite."""
+    norm = optax.tree.norm(gradients)
+    return norm, jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
 
 
 def step_flops(train_step: TrainStep, image_size: int) -> float:

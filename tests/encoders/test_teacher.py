@@ -1,21 +1,28 @@
 """The teacher of a run: found, checked, the same whatever its file, and part of the training step."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from safetensors.numpy import save_file
+from huggingface_hub import constants, hf_api
+from safetensors.numpy import save, save_file
 
+from deco_jax import storage
 from deco_jax.config import check_config, default_config
 from deco_jax.encoders.dinov2 import model as dinov2
 from deco_jax.encoders.dinov2.model import DINOv2
 from deco_jax.encoders.dinov2.weights import from_tensors
 from deco_jax.encoders.teacher import default_teacher, find_weights, load_teacher, teacher_of
-from deco_jax.errors import UsageError
+from deco_jax.errors import TransientError, UsageError
 from deco_jax.models.flops import forward_flops
 from deco_jax.parallel import mesh as meshes
+from deco_jax.storage import fetch
 from deco_jax.training.step import make_train_step, step_flops
+from tests.encoders import hugging_face
 from tests.helpers import random_dinov2, relative_error
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -118,27 +125,68 @@ def test_absence_says_where_to_get_it_and_how_to_do_without(tmp_path, name):
         assert part in str(error.value)
 
 
-def test_a_download_appears_in_the_cache_whole_or_not_at_all(tmp_path, monkeypatch):
-    """huggingface_hub itself is replaced: there is no network here."""
-    hub = pytest.importorskip("huggingface_hub")
-    calls = []
+@pytest.fixture
+def hub(monkeypatch):
+    """Hugging Face on this machine, for this process and those it starts."""
+    with hugging_face.serve({"config.json": b"{}", "model.safetensors": save(random_dinov2())}) as hub:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        yield hub
 
-    def snapshot_download(name, local_dir, allow_patterns):
-        calls.append((name, allow_patterns))
-        local_dir.mkdir(parents=True)
-        (local_dir / "config.json").write_text("{}")
-        if len(calls) == 1:
-            raise OSError("network unreachable\nsecond line")
-        save_file(random_dinov2(), local_dir / "model.safetensors")
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    with pytest.raises(UsageError, match=r"downloading it from Hugging Face failed \(OSError: network unreachable\)"):
-        find_weights("facebook/dinov2-base", str(tmp_path))
-    assert not list((tmp_path / "facebook").iterdir())
-    found = find_weights("facebook/dinov2-base", str(tmp_path))
-    assert sorted(p.name for p in found.iterdir()) == ["config.json", "model.safetensors"]
-    assert calls == [("facebook/dinov2-base", ["config.json", "model.safetensors"])] * 2
-    assert find_weights("facebook/dinov2-base", str(tmp_path)) == found and len(calls) == 2
+def test_a_download_is_tried_again_and_checked(hub, tmp_path):
+    """Two answers of 503, then weights with one bit turned; what is in the cache is whole, and asked for once."""
+    hub.fails, hub.damaged = 2, 1
+    found = find_weights(hugging_face.NAME, str(tmp_path))
+    assert {path.name: path.read_bytes() for path in found.iterdir()} == hub.files
+    asked = dict(hub.asked)
+    assert asked["GET model.safetensors"] == 2
+    assert find_weights(hugging_face.NAME, str(tmp_path)) == found and hub.asked == asked
+
+
+@pytest.mark.parametrize("status, error", [(503, TransientError), (401, UsageError), (404, UsageError)])
+def test_a_download_that_fails_leaves_nothing(hub, tmp_path, monkeypatch, status, error):
+    """Tried again by who started the run, where that may help; a wrong name is bad input."""
+    monkeypatch.setenv("DECO_RETRY_SECONDS", "0.3")
+    hub.fails, hub.status = 10**6, status
+    with pytest.raises(error, match=r"teacher.weights='facebook/dinov2-base' is .* Hugging Face .*; or train without"):
+        find_weights(hugging_face.NAME, str(tmp_path))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_processes_that_start_together_download_once(hub, tmp_path):
+    """Eight, on one machine."""
+    arguments = f"{hugging_face.NAME!r}, {str(tmp_path)!r}"
+    code = f"from deco_jax.encoders.teacher import find_weights; print(find_weights({arguments}))"
+    command = [sys.executable, "-c", code]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    outputs = {process.communicate(timeout=120)[0].strip() for process in started}
+    assert outputs == {str(tmp_path / hugging_face.NAME)}
+    assert hub.asked["GET model.safetensors"] == 1
+
+
+def test_weights_may_be_in_a_bucket(bucket, tmp_path, monkeypatch, aligned):
+    """Named there, or in a cache there, to which the first machine brings them."""
+    monkeypatch.setattr(fetch, "CACHE", str(tmp_path / "copies"))
+    teacher = load_teacher(aligned)
+    folder = storage.to_path(f"{bucket.url}/teachers")
+    (folder / "facebook/dinov2-small/model.safetensors").write_bytes(save(random_dinov2()))
+    for weights, cache in ((f"{folder}/facebook/dinov2-small", "nowhere"), ("facebook/dinov2-small", str(folder))):
+        aligned.teacher.update(weights=weights, cache=cache)
+        assert load_teacher(aligned).digest == teacher.digest
+    with pytest.raises(UsageError, match="teacher.weights='gs://bucket/teachers/none' is no file or folder"):
+        find_weights(f"{folder}/none", "nowhere")
+
+
+def test_what_is_downloaded_goes_into_a_cache_in_a_bucket(bucket, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "CACHE", str(tmp_path / "copies"))
+    cache = storage.to_path(f"{bucket.url}/cache")
+    found = find_weights(hugging_face.NAME, str(cache))
+    assert {path.name: path.read_bytes() for path in found.iterdir()} == hub.files
+    assert (cache / hugging_face.NAME / "config.json").exists()
 
 
 def test_a_teacher_of_another_size_is_refused(aligned, tmp_path):

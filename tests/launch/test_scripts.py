@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import string
 import subprocess
 import sys
@@ -159,8 +160,10 @@ def test_a_node_is_started_again_until_it_finishes(start, tmp_path):
     assert "XLA_FLAGS=--xla_gpu" in (tmp_path / "environment.0").read_text()
 
 
-def test_bad_input_is_not_started_again(start, tmp_path):
-    assert end_of(start("gpu_node.sh", *RUN, ENDS="2 0"))[0] == 2
+@pytest.mark.parametrize("end", [2, 126, 127])
+def test_what_would_end_the_same_is_not_started_again(start, tmp_path, end):
+    """Bad input, and a program that is not there."""
+    assert end_of(start("gpu_node.sh", *RUN, ENDS=f"{end} 0"))[0] == end
     assert len(lines(tmp_path / "deco.0")) == 1
 
 
@@ -216,11 +219,20 @@ def slurm(start, *args, tasks=2, **environment):
     return start("slurm.sh", *args, **job, **environment)
 
 
-def test_slurm_starts_every_task_with_its_cpus(start, tmp_path):
-    assert end_of(slurm(start, *RUN, ENDS="0", SLURM_CPUS_PER_TASK="12"))[0] == 0
+@pytest.mark.parametrize(
+    "job, cpus",
+    [
+        ({"SLURM_CPUS_PER_TASK": "12"}, 12),
+        ({"SLURM_CPUS_ON_NODE": "128", "SLURM_NTASKS_PER_NODE": "8"}, 16),  # --exclusive
+        ({"SLURM_CPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "8"}, 1),  # neither
+    ],
+)
+def test_slurm_starts_every_task_with_its_cpus(start, tmp_path, job, cpus):
+    code, output = end_of(slurm(start, *RUN, ENDS="0", **job))
+    assert code == 0 and ("starve its data workers" in output) == (cpus == 1)
     for rank in "01":
         environment = (tmp_path / f"environment.{rank}").read_text()
-        assert "XLA_FLAGS=--xla_gpu" in environment and "SRUN_CPUS_PER_TASK=12" in environment
+        assert "XLA_FLAGS=--xla_gpu" in environment and f"SRUN_CPUS_PER_TASK={cpus}\n" in environment
     assert not (tmp_path / "scontrol").exists(), "a finished run went back into the queue"
 
 
@@ -246,7 +258,7 @@ def test_slurm_does_not_requeue_what_was_cancelled(start, tmp_path):
     assert not (tmp_path / "scontrol").exists()
 
 
-@pytest.mark.parametrize("ends, code, starts", [("75 0", 0, 2), ("2 0", 2, 1), ("1 1 1 0", 1, 3)])
+@pytest.mark.parametrize("ends, code, starts", [("75 0", 0, 2), ("2 0", 2, 1), ("127 0", 127, 1), ("1 1 1 0", 1, 3)])
 def test_slurm_restarts_within_the_allocation(start, tmp_path, ends, code, starts):
     assert end_of(slurm(start, *RUN, ENDS=ends, RESTARTS="2"))[0] == code
     assert len(lines(tmp_path / "deco.0")) == starts
@@ -288,9 +300,35 @@ def test_two_real_processes_stop_and_are_requeued(start, tmp_path):
     assert lines(tmp_path / "scontrol") == [f"requeue {os.getpid()}"]
 
 
+# The document's own example.
+
+
+def test_two_processes_as_the_document_starts_them(tmp_path):
+    """Its commands as they stand there, but for the program, the workdir, the port, and how long it trains."""
+    text = (ROOT / "docs/launch.md").read_text()
+    section = text.partition("## Two processes on one machine\n")[2].partition("\n## ")[0]
+    command = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program, run = f"{shlex.quote(sys.executable)} -m deco_jax", f"{tmp_path}/run --config.train.steps=4"
+    for old, new in ((".venv/bin/deco", program), ("runs/two", run), ("8476", str(port))):
+        assert old in command, f"the example has no {old} any more"
+        command = command.replace(old, new)
+    environment = CLEAN | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
+    for id in (0, 1):
+        assert f"Processes: coordinator 127.0.0.1:{port}, process {id} of 2." in done.stdout, done.stdout + done.stderr
+    assert "2 process(es)" in done.stdout and (tmp_path / "run/checkpoints/4/_CHECKPOINT_METADATA").is_file(), (
+        done.stdout + done.stderr
+    )
+
+
 # Cloud TPUs.
 
-POD = {"TPU": "xl", "ZONE": "europe-west4-a", "TYPE": "v6e-64", "BUCKET": "my-bucket"}
+POD = {"TPU": "xl", "ZONE": "europe-west4-a", "TYPE": "v6e-64"}
 
 
 def asked(tmp_path, verb):
@@ -306,10 +344,22 @@ def test_pod_gets_a_tpu_and_runs_on_all_hosts(start, tmp_path):
     (command,) = lines(tmp_path / "runs")
     assert shlex.split(command)[-8:] == ["PROFILE_AT=100", "bash", "launch/host.sh", "tpu", *RUN]
     prepare = (tmp_path / "prepare").read_text()
-    assert 'make_venv ".[tpu]"' in prepare and '"my-bucket" /mnt/bucket' in prepare and '"$USER"' in prepare
+    assert 'make_venv ".[tpu,gcs]"' in prepare and "PYTHON=$(~/.local/bin/uv python find 3.12)" in prepare
     with tarfile.open(tmp_path / "deco_jax.tar.gz") as archive:
         assert "launch/quickstart.sh" in archive.getnames()
     assert not asked(tmp_path, "delete"), "the TPU is the user's to delete"
+
+
+def test_pod_goes_where_it_is_told(start, tmp_path):
+    where = {"PROJECT": "p", "NETWORK": "n", "SUBNETWORK": "s", "SERVICE_ACCOUNT": "a@p.iam", "CAPACITY": "--reserved"}
+    code, output = end_of(start("tpu_pod.sh", *RUN, **POD | {"TYPE": "tpu7x-64"}, **where, ENDS="0"))
+    assert code == 0, output
+    (create,) = asked(tmp_path, "create")
+    assert create.endswith(
+        "--accelerator-type=tpu7x-64 --runtime-version=v2-alpha-tpu7-ubuntu2404 --network=n --subnetwork=s "
+        "--service-account=a@p.iam --scopes=https://www.googleapis.com/auth/cloud-platform --reserved"
+    )
+    assert set(lines(tmp_path / "project")) == {"p"}, "every call is for that project"
 
 
 def test_pod_reuses_a_tpu(start, tmp_path):
@@ -332,7 +382,7 @@ def test_pod_asks_for_a_bounded_number_of_tpus(start, tmp_path):
     assert len(asked(tmp_path, "create")) == 2
 
 
-@pytest.mark.parametrize("ends, code, runs", [("75 1 0", 0, 3), ("2 0", 2, 1), ("1 1 1 1 0", 1, 4)])
+@pytest.mark.parametrize("ends, code, runs", [("75 1 0", 0, 3), ("2 0", 2, 1), ("127 0", 127, 1), ("1 1 1 1 0", 1, 4)])
 def test_pod_restarts_a_crashed_run_on_the_same_tpu(start, tmp_path, ends, code, runs):
     assert end_of(start("tpu_pod.sh", *RUN, **POD, ENDS=ends, RESTARTS="3"))[0] == code
     assert len(lines(tmp_path / "runs")) == runs
@@ -364,7 +414,10 @@ def jobset(file):
     (exports,) = re.findall(r"export (.*?PROFILE_AT=)", header)
     names = re.findall(r"(\w+)=", exports)
     filled = string.Template(text).substitute(
-        {name: "2" if name in ("HOSTS", "SLICES", "NODES") else f"my-{name.lower()}" for name in names}
+        {
+            name: "2" if name in ("HOSTS", "CHIPS", "SLICES", "NODES", "DATA_CACHE") else f"my-{name.lower()}"
+            for name in names
+        }
     )
     manifest = yaml.safe_load(filled)
     (job,) = manifest["spec"]["replicatedJobs"]
@@ -386,7 +439,7 @@ def test_jobset_restarts_all_but_bad_input(file):
         and job["parallelism"] == job["completions"] == 2
     )
     (rule,) = job["podFailurePolicy"]["rules"]
-    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [2]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [2, 126, 127]
     (container,) = pod["containers"]
     assert rule["onExitCodes"]["containerName"] == container["name"]
     assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] >= 120
@@ -399,13 +452,34 @@ def test_jobset_starts_a_run_that_exists(file):
     shell, script, accelerator = container["command"]
     assert shell == "bash" and (ROOT / script).is_file() and accelerator == file.removesuffix(".yaml")
     arguments = dict(x.split("=", 1) for x in container["args"])
-    workdir = arguments.pop("--workdir")
+    assert arguments.pop("--workdir") == "gs://my-bucket/my-name"
     path = arguments.pop("--config")
-    load_config(str(ROOT / path), [f"{k}={v}" for k, v in arguments.items()])
-    mounts = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}
+    config = load_config(str(ROOT / path), [f"{k}={v}" for k, v in arguments.items()])
+    assert config.teacher.cache == "gs://my-bucket/teacher"
+    mounts = {m["name"]: m for m in container["volumeMounts"]}
     volumes = {v["name"]: v for v in pod["volumes"]}
     assert mounts.keys() == volumes.keys()
-    assert workdir.startswith(mounts["bucket"]) and volumes["bucket"]["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
+    assert config.data.path.startswith(mounts["data"]["mountPath"])
+
+
+@pytest.mark.parametrize("file", ["tpu.yaml", "gpu.yaml"])
+def test_data_are_mounted_with_caches(file):
+    """What is written goes to the bucket itself: cached answers would hide it from other hosts."""
+    _, pod = jobset(file)
+    (container,) = pod["containers"]
+    mounts = {m["name"]: m for m in container["volumeMounts"]}
+    (csi,) = [v["csi"] for v in pod["volumes"] if "csi" in v]
+    assert csi["driver"] == "gcsfuse.csi.storage.gke.io" and csi["readOnly"] and mounts["data"]["readOnly"]
+    attributes = csi["volumeAttributes"]
+    assert all(isinstance(value, str) for value in attributes.values()), "Kubernetes takes strings only"
+    options = attributes["mountOptions"].split(",")
+    assert attributes["fileCacheCapacity"] == "2" and "file-cache:cache-file-for-range-read:true" in options
+    assert all(re.fullmatch(r"implicit-dirs|(metadata|file)-cache:[a-z-]+:(-1|true)", option) for option in options)
+
+
+def test_a_pod_has_the_chips_of_its_host():
+    _, pod = jobset("tpu.yaml")
+    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 2}
 
 
 def test_gpu_pods_find_each_other():
@@ -434,4 +508,5 @@ def test_tpu_pods_leave_it_to_the_webhook():
 
 def test_image_has_what_the_pods_run():
     text = (ROOT / "launch/gke/Dockerfile").read_text()
-    assert 'pip install --no-cache-dir --editable ".[${EXTRA}]"' in text and "DECO=deco" in text
+    assert 'pip install --no-cache-dir --editable ".[${EXTRA},gcs]"' in text and "DECO=deco" in text
+    assert re.search(r"^FROM python:3\.\d+\.\d+-", text, re.MULTILINE), "a build next year takes the same image"

@@ -65,7 +65,7 @@ def test_draws_differ_across_examples_devices_and_accumulation_steps(tiny_config
     batch = {"image": np.zeros((16, 28, 28, 3), np.uint8), "label": np.zeros(16, np.int32)}
     with meshes.use_mesh(layout):
         placed = meshes.place_batch(batch, mesh, np.arange(16), 16)
-        messages = meshes.place_messages(False, np.full(16, -1), mesh, np.arange(16), 16)
+        messages = meshes.place_messages(0, np.full(16, -1), mesh, np.arange(16), 16)
         state, *_ = jit_step(train_step, abstract, layout)(equivalence.any_state(abstract), placed, messages, {})
         jax.block_until_ready(state)
         jax.effects_barrier()

@@ -183,7 +183,7 @@ def test_messages_of_a_process_reach_all_whatever_the_mesh():
     """One row per device, so that copies on the tensor axis, which may lie in different processes, cannot disagree."""
     mesh = meshes.make_layout(sizes(data=2, fsdp=2, tensor=2)).mesh
     bad = np.array([-1, 7, -1, -1, 5, -1, -1, -1])
-    messages = meshes.place_messages(True, bad, mesh, np.arange(8), 8)
+    messages = meshes.place_messages(1, bad, mesh, np.arange(8), 8)
     assert {shard.data.shape for shard in messages.addressable_shards} == {(1, 3)}
     np.testing.assert_array_equal(messages[:, 0], np.ones(8))
     np.testing.assert_array_equal(messages[:, 1:], np.repeat(bad.reshape(4, 2), 2, axis=0))

@@ -1,19 +1,12 @@
 """Runs of two and four processes on this machine (gloo): equal to one process; signals; death; other machines."""
 
 import hashlib
-import json
 import os
-import pathlib
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 import deco_jax
@@ -21,102 +14,9 @@ from deco_jax.checkpoints import store as checkpoint
 from deco_jax.config import load_config
 from deco_jax.parallel import mesh as meshes
 from deco_jax.training.loop import train
-from tests.helpers import relative_error
+from tests.parallel.processes.harness import CONFIG, Processes, assert_close, batches, final_state, losses
 
-HERE = pathlib.Path(__file__).parent / "processes"
-CONFIG = str(HERE / "tiny_run.py")
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
-class Processes:
-    """`deco train` in several processes with two or fewer devices each."""
-
-    def __init__(self, folder, workdir, count, devices, *arguments, slow=0.0, fails=-1, own=lambda index: []):
-        self.logs = [folder / f"output_{index}" for index in range(count)]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.running = []
-        for index, log in enumerate(self.logs):
-            environment = {
-                **os.environ,
-                "JAX_NUM_CPU_DEVICES": str(devices),
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                "JAX_NUM_PROCESSES": str(count),
-                "JAX_PROCESS_ID": str(index),
-                "DECO_TEST_RECORD": str(folder / "record"),
-                "DECO_TEST_SECONDS": str(slow),
-                "DECO_TEST_FAILS": str(fails),
-            }
-            command = [sys.executable, str(HERE / "deco.py"), "train", "--config", CONFIG, "--workdir", str(workdir)]
-            with log.open("w") as output:
-                self.running.append(
-                    subprocess.Popen(
-                        [*command, *arguments, *own(index)],
-                        env=environment,
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
-                )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for process in self.running:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-
-    def output(self, index=0):
-        return self.logs[index].read_text()
-
-    def wait_for(self, text, seconds=120):
-        end = time.monotonic() + seconds
-        while text not in self.output():
-            assert time.monotonic() < end, f"no {text!r} in {seconds} s:\n{self.output()}"
-            assert self.running[0].poll() is None, self.output()
-            time.sleep(0.1)
-
-    def codes(self, seconds):
-        end = time.monotonic() + seconds
-        try:
-            return [process.wait(max(end - time.monotonic(), 0.1)) for process in self.running]
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"still running after {seconds} s:\n{self.output()}\n{self.output(1)}")
-
-
-def batches(folder, count):
-    """Of each step, hashes of the images in the order of the global batch."""
-    files = [(folder / f"record.{index}").read_text().splitlines() for index in range(count)]
-    steps = []
-    for lines in zip(*files, strict=True):
-        rows = [{int(row): image for row, image in json.loads(line).items()} for line in lines]
-        assert sum(map(len, rows)) == 16, "each process loads its share and no more"
-        steps.append([image for _, image in sorted(r for part in rows for r in part.items())])
-    return steps
-
-
-def final_state(workdir):
-    """Everything in the newest checkpoint, read without our own code path: Orbax into numpy."""
-    folder, step = checkpoint.find_checkpoint(str(workdir))
-    with ocp.PyTreeCheckpointer() as reader:
-        path = folder / str(step) / "state"
-        as_numpy = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(path).item_metadata.tree
-        )
-        tree = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    return step, {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def assert_close(a, b):
-    assert a[0] == b[0] and a[1].keys() == b[1].keys()
-    for name, value in a[1].items():
-        assert not np.any(b[1][name]) or relative_error(value, b[1][name]) < 1e-4, name
-
-
-def losses(workdir):
-    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def run_here(workdir, devices, monkeypatch, steps=6, preset="fsdp"):
@@ -185,6 +85,29 @@ def test_from_eight_devices_to_four_to_one(two, tmp_path, monkeypatch):
     assert seen == batches(two, 2)
     np.testing.assert_allclose(losses(tmp_path), losses(two / "run"), rtol=1e-5)
     assert_close(final_state(tmp_path), final_state(two / "run"))
+
+
+@pytest.mark.parametrize("preset, victim", [("fsdp", 1), ("fsdp_tensor", 0)])
+def test_data_that_stop_coming_to_one_process_lose_nothing(two, tmp_path, preset, victim):
+    """All save the same step and end with 75; the same command trains on the images of an undisturbed run.
+
+    With `fsdp_tensor` both processes hold copies of the same rows, of which those of one are not there. Meanwhile the
+    first one's clock calls for saves, which all make at the same steps.
+    """
+    often = (f"--config.mesh.preset={preset}", "--config.train.save_minutes=1e-9")
+    with Processes(tmp_path, tmp_path / "run", 2, 2, *often, absent=victim) as run:
+        assert run.codes(120) == [75, 75], run.output() + run.output(1)
+        assert "Stopped as data do not come; step 3 is saved." in run.output()
+        assert "data do not come: the server is gone" in run.output(1 - victim)
+    assert checkpoint.find_checkpoint(str(tmp_path / "run"))[1] == 3
+    for index in (0, 1):
+        (tmp_path / f"record.{index}").unlink()
+    with Processes(tmp_path, tmp_path / "run", 2, 2, *often) as run:
+        assert run.codes(120) == [0, 0], run.output() + run.output(1)
+    if preset == "fsdp":
+        assert batches(tmp_path, 2) == batches(two, 2)[3:]
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(two / "run"), rtol=1e-5)
+    assert_close(final_state(tmp_path / "run"), final_state(two / "run"))
 
 
 @pytest.mark.parametrize("preset, victim", [("fsdp", 1), ("fsdp_tensor", 0)])

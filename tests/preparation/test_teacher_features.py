@@ -1,10 +1,17 @@
 """Are a teacher's stored features those it computes, does a cut-off start go on, and does each image get its own?"""
 
+import io
 import itertools
 import json
+import os
 import pathlib
 import pickle
 import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -20,7 +27,7 @@ from deco_jax.data.sources import open_source
 from deco_jax.diffusion.flow import to_float
 from deco_jax.diffusion.objective import alignment_loss
 from deco_jax.encoders.teacher import load_teacher
-from deco_jax.errors import UsageError
+from deco_jax.errors import TransientError, UsageError
 from deco_jax.preparation import teacher as prepare
 from deco_jax.preparation.teacher import prepare_teacher
 from tests.helpers import random_dinov2
@@ -61,7 +68,9 @@ def made(tmp_path_factory):
 def config(made, tiny_config):
     c = tiny_config
     c.model.patch_size = 16
-    c.data.update(source="folder", path=str(made / "images"), image_size=32, batch_size=4, max_bad_records=2)
+    c.data.update(
+        source="folder", path=str(made / "images"), image_size=32, batch_size=4, max_bad_records=2, max_bad_share=1.0
+    )
     c.loss.update(alignment_weight=0.5, alignment_layer=1, alignment_features=WIDTH)
     c.teacher.weights = str(made / "teacher.safetensors")
     return c
@@ -75,7 +84,7 @@ def small_files(monkeypatch):
 
 def files_of(folder):
     """Name → (when it was written, its bytes)."""
-    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir() if path.is_file()}
 
 
 def directly(config):
@@ -93,7 +102,7 @@ def test_stored_features_are_those_the_teacher_computes(config, tmp_path, capsys
     prepare_teacher(config, str(tmp_path / "new/features"), batch_size=3)
     folder = tmp_path / "new/features"
     assert sorted(p.name for p in folder.iterdir()) == [
-        ".lock",
+        ".lease",
         *(f"features-0000{k}.npy" for k in range(3)),
         COMPLETE,
     ]
@@ -142,7 +151,7 @@ def test_a_second_start_makes_what_is_missing_and_nothing_else(config, tmp_path,
             prepare_teacher(config, str(folder), batch_size=8)
     (folder / ".features-00001.npy.draft").write_bytes(b"what a killed process leaves")
     before = files_of(folder)
-    assert sorted(before) == [".features-00001.npy.draft", ".lock", "features-00000.npy", PARTIAL]
+    assert sorted(before) == [".features-00001.npy.draft", "features-00000.npy", PARTIAL]
 
     config.teacher.stored = str(folder)
     with pytest.raises(UsageError, match=rf"2 of 3 files are missing.*deco prepare .*--out {folder}$"):
@@ -176,7 +185,7 @@ def test_a_file_that_was_removed_is_made_again(config, tmp_path):
 
 def small_folder(folder, config, **changes):
     """A folder that holds two of three files."""
-    _, _, contents = prepare._open(config, str(folder), 8)
+    _, _, contents = prepare._open(config, 8)
     folder.mkdir()
     storage.write_json(folder / PARTIAL, contents.__dict__ | changes)
     for k in range(2):
@@ -210,7 +219,7 @@ def test_what_cannot_begin_is_said_before_anything_is_written(config, tmp_path, 
     out = tmp_path / "features"
     for change, arguments, message in (
         ({}, (str(out), 0), "--batch-size=0 must be at least 1"),
-        ({}, ("gs://bucket/features", 8), "is no folder. A bucket must be mounted"),
+        ({}, (str(out), 8, "3/3"), "--part=3/3 is no part; of 16 the first is 0/16 and the last 15/16"),
         ({"image_size": 40}, (str(out), 8), "data.image_size=40 is not divisible by 16"),
     ):
         changed = config.copy_and_resolve_references()
@@ -222,16 +231,38 @@ def test_what_cannot_begin_is_said_before_anything_is_written(config, tmp_path, 
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: usage._replace(free=5119))
     with pytest.raises(UsageError, match="has 0.0 GB free, and the missing features take 0.0 GB; choose another disk"):
         prepare_teacher(config, str(out), 8)
-    assert [path.name for path in out.iterdir()] == [".lock"]
+    assert not files_of(out)
 
 
 def test_two_preparations_at_a_time_do_not_mix(config, tmp_path):
-    _, _, contents = prepare._open(config, str(tmp_path), 8)
     with (
-        prepare._exclusive(tmp_path, contents),
-        pytest.raises(UsageError, match=f"--out={tmp_path} is in use by another process"),
+        storage.hold(tmp_path, f"--out={tmp_path}"),
+        pytest.raises(UsageError, match=f"--out={tmp_path} is in use by another run"),
     ):
         prepare_teacher(config, str(tmp_path), 8)
+
+
+def test_parts_share_the_files_and_the_last_one_completes(config, tmp_path, monkeypatch, capsys):
+    """As SLURM's array tasks do, which know nothing of each other; two may be at work at a time."""
+    monkeypatch.setattr(sys.modules["deco_jax.storage.writing"], "SHARED_FOLDER_DELAY", 0)
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    draft = parts / ".features-00001.npy.of_part_1"
+    draft.mkdir(parents=True)
+    with storage.hold(parts, "--out", (1, 2)):
+        prepare_teacher(config, str(parts), 8, "0/2")
+        assert draft.exists(), "part 1 may be at work on it"
+        with pytest.raises(UsageError, match="is in use by another run"):
+            prepare_teacher(config, str(parts), 8)  # all of it, of which part 1 is being made
+    assert sorted(files_of(parts)) == ["features-00000.npy", "features-00002.npy", PARTIAL]
+    assert "Part 0 of 2 is done; 1 shards of others are missing." in capsys.readouterr().out
+    for name, value in (("ID", 8), ("MIN", 4), ("STEP", 4), ("COUNT", 2)):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    prepare_teacher(config, str(parts), 8)
+    assert not draft.exists()
+    prepare_teacher(config, str(whole), 8, "0/1")
+    assert {name: data for name, (_, data) in files_of(parts).items()} == {
+        name: data for name, (_, data) in files_of(whole).items()
+    }
 
 
 def test_features_beyond_float16_end_it_with_the_image(config, tmp_path):
@@ -240,7 +271,7 @@ def test_features_beyond_float16_end_it_with_the_image(config, tmp_path):
     config.teacher.weights = str(tmp_path / "large.safetensors")
     with pytest.raises(UsageError, match=r"features of record 0, .*class0/00\.png, do not fit float16"):
         prepare_teacher(config, str(tmp_path / "features"), batch_size=8)
-    assert sorted(path.name for path in (tmp_path / "features").iterdir()) == [".lock", PARTIAL]
+    assert list(files_of(tmp_path / "features")) == [PARTIAL]
 
 
 def test_unreadable_images_have_no_features(config, tmp_path, caplog):
@@ -283,7 +314,7 @@ def test_unreadable_images_have_no_features(config, tmp_path, caplog):
                 stand_in = {2: 3, 9: 0}[int(record)]
                 np.testing.assert_array_equal(image, source.load(stand_in)["image"])
                 np.testing.assert_array_equal(feature, stored[stand_in])
-    records = BadRecords(source, 2)
+    records = BadRecords(source, config.data)
     with caplog.at_level("WARNING", logger="absl"):
         records.check(bad)
     assert "its image is readable now" in caplog.text, "who looks for the cause must not look at the image"
@@ -295,7 +326,7 @@ def test_unreadable_images_have_no_features(config, tmp_path, caplog):
 class Numbers:
     """Record i is an image full of i; some cannot be read."""
 
-    identity, condition = "numbers", ClassLabels(10)
+    identity, decoding, condition = "numbers", "", ClassLabels(10)
     unreadable = (3, 7)
 
     def __len__(self):
@@ -405,12 +436,110 @@ def test_pickles_are_not_opened(config, tmp_path):
 # --- the command
 
 
-def test_the_command(config, tmp_path, capsys):
-    file = tmp_path / "run.py"
-    file.write_text(
+def write_config(path, config):
+    path.write_text(
         f"from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({config.to_dict()})\n"
     )
-    out = tmp_path / "features"
+    return path
+
+
+@pytest.fixture
+def start(config, tmp_path):
+    """Starts `deco prepare` with small files, every batch of which takes a while."""
+    file, started = write_config(tmp_path / "run.py", config), []
+
+    def start(out, seconds=0.0, *arguments, **environment):
+        command = [sys.executable, str(pathlib.Path(__file__).parent / "slow_deco.py"), "prepare", f"--config={file}"]
+        process = subprocess.Popen(
+            [*command, "--teacher", f"--out={out}", "--batch-size=2", *arguments],
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", "DECO_TEST_SECONDS": str(seconds), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def end_of(process):
+    """(exit code, output)"""
+    output, _ = process.communicate(timeout=90)
+    return process.returncode, output
+
+
+def wait_for(path):
+    for _ in range(600):
+        if path.exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{path} did not come")
+
+
+def arrays_of(folder):
+    return np.concatenate([np.load(io.BytesIO(features_file(folder, k).read_bytes())) for k in range(3)])
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 0)])
+def test_a_bucket_gets_the_same_features_after_a_stop(config, start, bucket, tmp_path, number, code):
+    """10 % of the requests fail. Training reads them from there."""
+    prepare_teacher(config, str(tmp_path / "local"), batch_size=2)
+    out = storage.to_path(f"{bucket.url}/features-{number}")
+    bucket.faults(share=0.1)
+    process = start(out, 1.0, "--config.data.workers=1", **bucket.env)
+    wait_for(features_file(out, 0))
+    process.send_signal(number)
+    ended, output = end_of(process)
+    assert ended == code and "Traceback" not in output, output
+    if code == 0:
+        assert f"2 shards are missing in {out}. The same command goes on from there." in output
+    assert not features_file(out, 1).exists(), "a file that was cut off has a name"
+    code, output = end_of(start(out, **bucket.env))
+    assert code == 0 and "2 are to be made" in output, output
+    assert bucket.counts()["503"] > 0
+    np.testing.assert_array_equal(arrays_of(out), arrays_of(tmp_path / "local"))
+    config.teacher.stored = str(out)
+    features = open_features(config, open_source(config.data))
+    np.testing.assert_array_equal(features[9], arrays_of(tmp_path / "local")[9])
+
+
+def test_two_processes_of_two_parts(config, start, tmp_path):
+    """Four workers for three files: one of them has nothing to do, and waits for nobody."""
+    pairs = []
+    for part in ("0/2", "1/2"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+        settings = {"JAX_COORDINATOR_ADDRESS": coordinator, "JAX_NUM_PROCESSES": "2"}
+        for index in "01":
+            pairs.append(start(tmp_path / "out", 0.0, f"--part={part}", **settings, JAX_PROCESS_ID=index))
+    ends = [end_of(process) for process in pairs]
+    assert [code for code, _ in ends] == [0] * 4, ends
+    prepare_teacher(config, str(tmp_path / "one"), batch_size=2)
+    np.testing.assert_array_equal(arrays_of(tmp_path / "out"), arrays_of(tmp_path / "one"))
+    assert (tmp_path / "out" / COMPLETE).read_text() == (tmp_path / "one" / COMPLETE).read_text()
+
+
+def test_data_that_do_not_answer_are_to_be_tried_again(config, tmp_path, monkeypatch):
+    """Not an unreadable record, which would stay one for good."""
+    monkeypatch.setenv("DECO_RETRY_SECONDS", "0")
+
+    def load(self, index):
+        raise TransientError("reading it still fails")
+
+    source = open_source(config.data)
+    monkeypatch.setattr(type(source), "load", load)
+    with pytest.raises(TransientError):
+        prepare_teacher(config, str(tmp_path), 8)
+    assert list(files_of(tmp_path)) == [PARTIAL]
+
+
+def test_the_command(config, tmp_path, capsys):
+    file, out = write_config(tmp_path / "run.py", config), tmp_path / "features"
     command = ["prepare", f"--config={file}", "--teacher", f"--out={out}", "--batch-size=8", "--config.data.workers=0"]
     cli.main(command)
     printed = capsys.readouterr().out

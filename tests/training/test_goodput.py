@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from deco_jax.storage import Mirror
 from deco_jax.training import goodput
 from deco_jax.training.goodput import Clock, Goodput
 
@@ -24,7 +25,7 @@ def attempt(tmp_path, now, step, saves, end=None):
     clock = Clock()
     clock.seconds["init"] = 1.0
     now.seconds += 1.0
-    goodput, begin = Goodput(tmp_path, step, clock, active=True), now.seconds
+    goodput, begin = Goodput(Mirror(tmp_path), step, clock, active=True), now.seconds
     for saved, seconds in saves.items():
         clock.seconds["step"] = seconds
         now.seconds = begin + seconds
@@ -70,7 +71,7 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path, now):
 
 
 def test_only_one_process_writes(tmp_path):
-    Goodput(tmp_path, 0, Clock(), active=False).close(3, ended=True)
+    Goodput(Mirror(tmp_path), 0, Clock(), active=False).close(3, ended=True)
     assert list(tmp_path.iterdir()) == []
 
 

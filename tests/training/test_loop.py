@@ -1,7 +1,12 @@
 """Whole runs, in this process: resuming, what they leave behind, diverging losses, bad records, mistakes."""
 
+import itertools
 import json
 import math
+import re
+import sys
+import threading
+import time
 
 import jax
 import numpy as np
@@ -11,7 +16,8 @@ from safetensors.numpy import save_file
 
 import deco_jax
 from deco_jax.checkpoints import store
-from deco_jax.errors import UsageError
+from deco_jax.data import pipeline
+from deco_jax.errors import TransientError, UsageError
 from deco_jax.parallel import mesh as meshes
 from deco_jax.preparation.teacher import prepare_teacher
 from deco_jax.training.loop import train
@@ -61,6 +67,82 @@ def test_resuming_is_exact(tiny_config, straight, tmp_path):
     assert_same(final_state(tmp_path), final_state(straight))
     assert [line["step"] for line in logged(straight)] == [1, 2, 3, 4, 5, 6]
     assert [line["loss"] for line in logged(tmp_path)] == [line["loss"] for line in logged(straight)]
+
+
+def test_data_that_stop_coming_lose_nothing(tiny_config, straight, tmp_path, monkeypatch):
+    """What was trained is saved although no save was due, and the next run trains on the same images."""
+    read = pipeline.batches
+
+    def failing(*args):
+        yield from itertools.islice(read(*args), 4)
+        raise ConnectionResetError("the server is gone")
+
+    tiny_config.train.update(log_every=1, save_every=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "batches", failing)
+        with pytest.raises(TransientError, match="the data do not come: the server is gone"):
+            train(tiny_config, str(tmp_path))
+    assert final_state(tmp_path)[0] == 4 and len(logged(tmp_path)) == 4
+    train(tiny_config, str(tmp_path))
+    assert_same(final_state(tmp_path), final_state(straight))
+    assert [line["loss"] for line in logged(tmp_path)] == [line["loss"] for line in logged(straight)]
+
+
+def test_a_run_saves_after_minutes_too(tiny_config, straight, tmp_path):
+    """Said with one step and read with the next, as with several processes; 0 is never."""
+    for minutes, saved in ((1e-9, [1, 3, 5, 6]), (0.0, [6])):
+        tiny_config.train.update(log_every=1, save_every=100, save_minutes=minutes)
+        train(tiny_config, str(tmp_path / str(minutes)))
+        steps = sorted(int(path.name) for path in (tmp_path / str(minutes) / "checkpoints").iterdir())
+        assert steps == saved, f"{minutes} minutes"
+        assert_same(final_state(tmp_path / str(minutes)), final_state(straight))
+
+
+def test_a_run_says_what_it_trains_on_and_what_it_has_saved(tiny_config, tmp_path, capsys):
+    tiny_config.train.steps = 2
+    train(tiny_config, str(tmp_path))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "Images: 5,000 in 10 classes: 0 0, 1 1, 2 2, …, 9 9."
+    assert [line for line in said if re.fullmatch(rf"Saved: {tmp_path}/checkpoints/2 \(0.\d MB, \d+.\d s\).", line)]
+    assert store.class_names(store.read_meta(*store.find_checkpoint(str(tmp_path)))) == tuple("0123456789")
+
+
+def test_a_longer_run_goes_on_if_no_rate_that_was_changes_or_if_told_so(tiny_config, tmp_path, capsys):
+    tiny_config.train.update(steps=3, save_every=2)
+    tiny_config.optimizer.decay_steps = 2
+    train(tiny_config, str(tmp_path))
+    tiny_config.train.steps = 6
+    with pytest.raises(UsageError, match=r"train.steps=6 .*: step 3 had 0.0005, not 0.001, since train.steps was 3\."):
+        train(tiny_config, str(tmp_path))
+    tiny_config.train.reschedule = True
+    train(tiny_config, str(tmp_path))
+    assert "Changed since the checkpoint: learning rate of step 3: 0.0005 there, 0.001 here." in capsys.readouterr().out
+    assert [line["learning_rate"] for line in logged(tmp_path)][-2:] == pytest.approx([0.001, 0.0005])
+
+
+def test_a_run_whose_folder_another_has_taken_over_ends_without_saving(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["deco_jax.storage.lease"], "RENEW", 0.1)
+    tiny_config.train.update(steps=10**6, save_every=10**6)
+
+    def take_over():
+        while not (tmp_path / "metrics.jsonl").exists():
+            time.sleep(0.1)
+        next((tmp_path / ".lease").iterdir()).unlink()
+
+    thread = threading.Thread(target=take_over)
+    thread.start()
+    with pytest.raises(TransientError, match=f"--workdir={tmp_path}: another run has taken {tmp_path} over"):
+        train(tiny_config, str(tmp_path))
+    thread.join()
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_picture_that_cannot_be_written_ends_no_run(tiny_config, tmp_path, caplog):
+    (tmp_path / "samples").write_text("no folder")
+    tiny_config.train.update(steps=2, sample_every=1)
+    train(tiny_config, str(tmp_path))
+    assert final_state(tmp_path)[0] == 2
+    assert "samples cannot be written (FileExistsError: " in caplog.text
 
 
 def test_what_a_run_leaves_behind(straight):
@@ -182,7 +264,7 @@ def test_a_diverged_run_stops_and_keeps_its_last_checkpoint(tiny_config, tmp_pat
     assert logged(tmp_path)[-1]["loss"] is None, "a loss that is not finite is null in JSON"
 
 
-def test_unreadable_images_are_skipped_up_to_the_limit(tiny_config, tmp_path):
+def test_unreadable_images_are_skipped_up_to_the_limit(tiny_config, tmp_path, caplog):
     rng = np.random.default_rng(0)
     for name in "ab":
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -194,7 +276,18 @@ def test_unreadable_images_are_skipped_up_to_the_limit(tiny_config, tmp_path):
     tiny_config.data.update(source="folder", path=str(tmp_path / "images"), max_bad_records=1)
     tiny_config.train.steps = 3  # three epochs: the broken image comes by three times and counts once
     train(tiny_config, str(tmp_path / "run"))
-    assert final_state(tmp_path / "run")[0] == 3
+    folder, step = store.find_checkpoint(str(tmp_path / "run"))
+    assert step == 3
+    bad = json.loads((folder / "3" / "data" / "metadata").read_text())["bad"]
+    assert len(bad) == 1, "the next start counts on from there"
+    caplog.clear()
+    tiny_config.train.steps = 4
+    train(tiny_config, str(tmp_path / "run"))
+    assert "unreadable" not in caplog.text, "what the log has said it need not say again"
+    tiny_config.train.steps = 5
+    Image.new("RGB", (40, 30)).save(tmp_path / "images" / "a" / "new.png")
+    with pytest.raises(UsageError, match=r"\(16 records there, 17 here; class 'a': 8 there, 9 here; new: a/new.png\)"):
+        train(tiny_config, str(tmp_path / "run"))
     tiny_config.data.max_bad_records = 0
     with pytest.raises(UsageError, match=r"data.max_bad_records=0"):
         train(tiny_config, str(tmp_path / "strict"))

@@ -10,8 +10,13 @@ import optax
 import pytest
 from flax import linen as nn
 
-from deco_jax.training.optimizer import clip, learning_rate, make_optimizer
-from deco_jax.training.step import make_train_step
+from deco_jax.errors import TransientError, UsageError
+from deco_jax.parallel import mesh as meshes
+from deco_jax.parallel.mesh import Flag
+from deco_jax.training.feed import Feed
+from deco_jax.training.optimizer import check_schedule, clip, learning_rate, make_optimizer
+from deco_jax.training.start import abstract_state
+from deco_jax.training.step import jit_step, make_train_step
 from tests.helpers import relative_error
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -71,6 +76,33 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(tiny_config,
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (good.params, state.params)), strict=True))
 
 
+def test_a_step_that_lacks_data_changes_nothing_at_all(tiny_config, batch):
+    """Whichever device says so. Its position in the data neither, so that the next run trains on the same images."""
+    del batch["features"]
+    train_step, layout = make_train_step(tiny_config), meshes.make_layout(tiny_config.mesh)
+    abstract = abstract_state(train_step, layout)
+    program, rows, shardings = (
+        jit_step(train_step, abstract, layout),
+        np.arange(16),
+        jax.tree.map(lambda x: x.sharding, abstract),
+    )
+    before = shaken(train_step).replace(step=np.int32(7), skipped=np.int32(3), skipped_in_a_row=np.int32(2))
+    with meshes.use_mesh(layout):
+        for flags, changes in (({0: Flag.STOP, 7: Flag.SAVE}, True), ({5: Flag.ABSENT | Flag.STOP}, False)):
+            state = jax.tree.map(jax.device_put, before, shardings)
+            placed = meshes.place_batch(batch, layout.mesh, rows, 16)
+            messages = np.array(meshes.place_messages(0, np.full(16, -1), layout.mesh, rows, 16))
+            messages[list(flags), 0] = list(flags.values())
+            messages = jax.device_put(messages, meshes.messages_sharding(layout.mesh))
+            after, _, said = program(state, placed, messages, {})
+            assert {device: flag for device, flag in enumerate(np.asarray(said)[:, 0]) if flag} == flags
+            if changes:
+                assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (8, 3, 0)
+                assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (after.ema, before.ema)), strict=True))
+            else:
+                chex.assert_trees_all_equal(jax.device_get(after), before)
+
+
 def test_ema_starts_at_the_parameters_and_decays_as_told(tiny_config):
     """Guards against an average that starts at zero, and one whose warm-up counts skipped steps."""
     tiny_config.ema.decay = 0.75
@@ -101,6 +133,54 @@ def test_learning_rate_rises_stays_and_falls(tiny_config):
     np.testing.assert_allclose(rate[16:], [0.4, 0.3, 0.2, 0.1], rtol=1e-6)
     tiny_config.optimizer.update(warmup_steps=0, decay_steps=0)
     assert {float(learning_rate(tiny_config.optimizer, 20)(k)) for k in (0, 10**6)} == {0.5}
+
+
+def test_a_longer_run_goes_on_where_it_changes_no_rate_that_was(tiny_config):
+    """Beyond, it must be asked for: by other rates, or by name."""
+    tiny_config.optimizer.update(lr=0.5, warmup_steps=4, decay_steps=100)
+    tiny_config.train.steps = 300
+    longer = tiny_config.copy_and_resolve_references()
+    longer.train.steps = 400
+    assert check_schedule(tiny_config, longer, 0) == check_schedule(tiny_config, longer, 201) == []
+    with pytest.raises(
+        UsageError, match=r"train.steps=400 .*step 202 had 0.495, not 0.5, since train.steps was 300. --con"
+    ):
+        check_schedule(tiny_config, longer, 202)
+    longer.train.reschedule = True
+    assert check_schedule(tiny_config, longer, 300) == ["learning rate of step 300: 0.005 there, 0.5 here"]
+    longer.train.reschedule = False
+    longer.optimizer.decay_steps = 0
+    assert check_schedule(tiny_config, longer, 300) == [], "decay_steps is said to be another"
+    tiny_config.optimizer.decay_steps = 0
+    assert check_schedule(tiny_config, longer, 300) == []
+
+
+def test_data_that_no_longer_come_are_zeros_which_say_so():
+    def batches():
+        yield {"image": np.ones((2, 3), np.uint8), "bad": np.array([-1, 5], np.int32)}
+        raise ConnectionResetError("the server is gone")
+
+    feed = Feed(batches())
+    assert feed.next()["image"].all() and not feed.absent
+    feed.check()
+    for _ in range(2):
+        zeros = feed.next()
+        assert not zeros.pop("image").any() and zeros.pop("bad").tolist() == [-1, -1] and feed.absent
+    with pytest.raises(TransientError, match="the data do not come: the server is gone"):
+        feed.check()
+
+
+@pytest.mark.parametrize("first, error", [(True, ConnectionResetError), (False, UsageError)])
+def test_bad_data_and_a_start_without_any_end_at_once(first, error):
+    def batches():
+        if not first:
+            yield {"bad": np.zeros(1, np.int32)}
+        raise error("no")
+
+    feed = Feed(batches())
+    with pytest.raises(error):
+        while True:
+            feed.next()
 
 
 def test_adamw_written_out(tiny_config):
