@@ -86,7 +86,7 @@ def compute(changes, devices):
         images = meshes.fetch(images, mesh)
         step = jit_step(train_step, abstract, layout)
         placed = meshes.place_batch(batch, mesh, np.arange(BATCH), BATCH)
-        messages = meshes.place_messages(False, np.full(BATCH, -1), mesh, np.arange(BATCH), BATCH)
+        messages = meshes.place_messages(0, np.full(BATCH, -1), mesh, np.arange(BATCH), BATCH)
         shapes = teacher.abstract_params(layout)
         params = jax.tree.map(lambda p: rng.normal(0, 0.2, p.shape).astype(np.float32), shapes)
         frozen = {"teacher": FrozenWeights.of(teacher, params).place(layout)}

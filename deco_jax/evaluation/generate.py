@@ -1,26 +1,36 @@
 """How are many images drawn from a network: in batches, over all devices, reproducible one by one?"""
 
-import pathlib
-from collections.abc import Iterator, Sequence
+import collections
+import concurrent.futures
+import dataclasses
+import io
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
 from jax import Array
+from PIL import Image
 from tqdm import tqdm
 
-from deco_jax.checkpoints import store
+from deco_jax import jobs, storage
+from deco_jax.config import build_model
 from deco_jax.diffusion.flow import to_uint8
 from deco_jax.errors import UsageError
 from deco_jax.parallel import mesh as meshes
-from deco_jax.pretrained.load import load_pretrained
+from deco_jax.pretrained.load import Pretrained, open_pretrained
 from deco_jax.sampling.pictures import make_grid, save_png
 from deco_jax.sampling.sample import image_noise, sample
 from deco_jax.sampling.settings import Sampling
-from deco_jax.storage import local_folder
+from deco_jax.storage import AnyPath
 
 GRID_IMAGES = 256  # a grid shows the first ones only
+SETTINGS = "sample.json"  # how the pictures in a folder were drawn
+WRITERS, WAITING = 8, 256  # threads that write pictures, and pictures that may wait for them
+MOST = 2**31 - 1  # images, as their numbers are int32
 
 
 def generate(
@@ -31,57 +41,57 @@ def generate(
     image_size: int,
     batch_size: int,
     settings: Sampling,
+    numbers: Iterable[int] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yields one image per label, (H, W, 3) uint8, in order.
+    """Yields the images with these numbers, (H, W, 3) uint8, in order.
 
-    Image i starts from noise that depends on `seed` and i alone. Batches are split over all local devices.
+    Image i starts from noise that depends on `seed` and i alone, and shows label i modulo their number. Batches are
+    split over all local devices.
 
     Args:
       model, params: see `load_pretrained`.
-      labels: one per image; see `deco_jax.sample`.
+      labels: see `deco_jax.sample`.
       seed: of the noise.
       image_size: side in pixels.
       batch_size: images at a time, rounded up to a multiple of the devices.
       settings: of the sampler.
+      numbers: of the images; None = one for each label.
     """
     params = jax.device_put(params, meshes.replicated(meshes.local_layout().mesh))
-    for indices, noise in noise_batches(len(labels), seed, image_size, batch_size):
-        numbers = np.asarray(indices)
-        images = sample(model, params, [labels[i % len(labels)] for i in numbers], noise=noise, settings=settings)
-        yield from np.asarray(to_uint8(images))[numbers < len(labels)]
+    numbers = range(len(labels)) if numbers is None else numbers
+    for indices, noise, count in noise_batches(numbers, seed, image_size, batch_size):
+        shown = [labels[i % len(labels)] for i in np.asarray(indices)]
+        yield from np.asarray(to_uint8(sample(model, params, shown, noise=noise, settings=settings)))[:count]
 
 
-def noise_batches(number: int, seed: int, image_size: int, batch_size: int) -> Iterator[tuple[Array, Array]]:
-    """Yields the numbers (B,) of so many images and their noise, split over all local devices.
+def noise_batches(
+    numbers: Iterable[int], seed: int, image_size: int, batch_size: int
+) -> Iterator[tuple[Array, Array, int]]:
+    """Yields numbers of images (B,) and their noise, split over all local devices; and how many of them count.
 
-    Batches are rounded up to a multiple of the devices, and the last one is filled up: with numbers from `number` on.
+    Batches are rounded up to a multiple of the devices, and the last one is filled up with some of its numbers.
     """
-    mesh = meshes.local_layout().mesh
-    batch_size = meshes.round_up(min(batch_size, number), mesh)
+    mesh, numbers, padded = meshes.local_layout().mesh, iter(numbers), 0
+    batch_size = meshes.round_up(batch_size, mesh)
     key, shape = jax.random.key(seed), (image_size, image_size, 3)
-    for start in range(0, number, batch_size):
-        indices = np.arange(start, start + batch_size, dtype=np.int32)
-        indices = jax.device_put(indices, meshes.batch_sharding(mesh))
-        yield indices, image_noise(key, indices, shape)
+    while batch := list(itertools.islice(numbers, batch_size)):
+        padded = padded or meshes.round_up(len(batch), mesh)  # of all batches alike, so that one program does
+        indices = jax.device_put(np.resize(np.array(batch, np.int32), padded), meshes.batch_sharding(mesh))
+        yield indices, image_noise(key, indices, shape), len(batch)
 
 
-def check_folder(
-    out: str, num: int, batch_size: int, seed: int, overwrite: bool, files: str, what: str
-) -> pathlib.Path:
+def check_folder(out: str, num: int, batch_size: int, seed: int) -> AnyPath:
     """The folder of `--out`, into which `num` images are drawn, or files about them.
 
     Raises:
-      UsageError: a number is out of range, `out` is no folder, or it holds `files`, called `what`, and may not.
+      UsageError: a number is out of range, or `out` is no folder.
     """
     for name, value in (("num", num), ("batch-size", batch_size)):
-        if value < 1:
-            raise UsageError(f"--{name}={value} must be at least 1.")
+        if not 1 <= value <= MOST:
+            raise UsageError(f"--{name}={value} must be at least 1, and at most {MOST}.")
     if not 0 <= seed < 2**32:
         raise UsageError(f"--seed={seed} must be from 0 to 2³² − 1.")
-    folder = local_folder("--out", out)
-    if not overwrite and any(folder.glob(files)):
-        raise UsageError(f"--out={out} already holds {what}; choose another folder or pass --overwrite.")
-    return folder
+    return storage.to_folder("--out", out)
 
 
 def generate_to_folder(
@@ -92,6 +102,7 @@ def generate_to_folder(
     num: int,
     seed: int,
     weights: str,
+    dtype: str | None,
     batch_size: int,
     image_size: int | None,
     overwrite: bool,
@@ -99,35 +110,134 @@ def generate_to_folder(
 ) -> None:
     """Draws `num` images into `out`: 00000.png, …, and grid.png with a row for each label.
 
+    Pictures that are there already are kept if they were drawn in the same way, which sample.json says; so the same
+    command goes on after it was interrupted, and a larger `num` adds to what is there.
+
     Args:
-      source: a workdir or checkpoint of ours.
-      out: a folder; must not hold pictures yet unless `overwrite`.
+      source: anything that `load_pretrained` opens.
+      out: a folder, on this machine or in a bucket; must not hold other pictures unless `overwrite`.
       labels: as in "0,1,5-9,null", or "all"; image i shows label i modulo their number.
       num, seed, batch_size: see `generate`.
       weights: "ema" or "online".
+      dtype: of matrix products, "bfloat16" or "float32"; None = as trained.
       image_size: side in pixels; None = as trained.
-      overwrite: replace what is there.
+      overwrite: draw all again, and remove numbered pictures that are there.
       **changes: fields of `Sampling`; None = as the run's configuration says.
 
     Raises:
-      UsageError: an argument is out of range, or `out` holds pictures.
+      UsageError: an argument is out of range, or `out` holds other pictures or cannot be written.
     """
-    folder = check_folder(out, num, batch_size, seed, overwrite, "*.png", "pictures")
-    config = store.read_config(*store.find_checkpoint(source))
-    settings = Sampling.from_config(config.sample, **changes)
-    model, params = load_pretrained(source, weights)
-    size, p = config.data.image_size if image_size is None else image_size, model.patch_size
+    folder = check_folder(out, num, batch_size, seed)
+    found = open_pretrained(source, dtype=dtype)
+    found.check_set(weights)
+    settings = Sampling.from_config(found.config.sample, **changes)
+    model = build_model(found.config.model)
+    size, p = found.config.data.image_size if image_size is None else image_size, model.patch_size
     if size < 1 or size % p:
         raise UsageError(f"--image-size={size} must be a positive multiple of the network's patch size, {p}.")
     chosen = model.condition.parse(labels)
-    images = generate(model, params, [chosen[i % len(chosen)] for i in range(num)], seed, size, batch_size, settings)
-    shown = []
-    for i, image in enumerate(tqdm(images, total=num, unit="image", disable=None)):
-        save_png(image, folder / f"{i:05d}.png")
-        if i < GRID_IMAGES:
-            shown.append(image)
-    save_png(_grid_by_label(np.stack(shown), len(chosen)), folder / "grid.png")
+    how = {"source": str(found), "weights": weights, "dtype": found.config.model.dtype, "seed": seed}
+    how |= {"labels": chosen, "image_size": size, **dataclasses.asdict(settings)}
+    done = _kept(folder, out, how, overwrite)
+    done, there = done[done < num], int((done < num).sum())
+    print(f"{found}: {weights} weights, computing in {how['dtype']}{_assumed(found, 'dtype')}.")
+    told = _assumed(found, "image_size") if image_size is None else ""
+    kept = f", of which {there:,} are there already" if there else ""
+    most = tqdm.format_sizeof(3 * num * size**2, "B")
+    print(f"{num:,} images of {size}×{size} pixels{told}, at most {most}{kept}.", flush=True)
+
+    images = generate(model, found.read(weights), chosen, seed, size, batch_size, settings, _missing(num, done))
+    progress, shown = jobs.Progress(num, "image", there), {}
+    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+    try:
+        with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool:
+            for i, image in zip(_missing(num, done), images, strict=True):
+                waiting.append(pool.submit(_write, image, folder / _name(i)))
+                there += 1
+                if i < GRID_IMAGES:
+                    shown[i] = image
+                if len(waiting) > WAITING:
+                    waiting.popleft().result()
+                if there % batch_size == 0 or there == num:  # the images of a batch come all at once
+                    progress.update(there)
+            for writing in waiting:
+                writing.result()
+    except KeyboardInterrupt:
+        progress.say(f"Stopped; {there:,} of {num:,} images are in {folder}. The same command goes on.")
+        raise
+    finally:
+        progress.close()
+    first = [shown[i] if i in shown else _read(folder / _name(i)) for i in range(min(num, GRID_IMAGES))]
+    save_png(_grid_by_label(np.stack(first), len(chosen)), folder / "grid.png")
     print(f"{num} images and grid.png are in {folder}.")
+
+
+def _assumed(found: Pretrained, name: str) -> str:
+    return f" (assumed, as nothing says it; or give --{name.replace('_', '-')})" if name in found.assumed else ""
+
+
+def _kept(folder: AnyPath, out: str, how: dict[str, Any], overwrite: bool) -> np.ndarray:
+    """The numbers of the pictures in `folder` that need not be drawn, in order; notes there `how` they are drawn.
+
+    Raises:
+      UsageError: they were drawn otherwise, or nobody knows how, and they are not to be replaced.
+    """
+    file = folder / SETTINGS
+
+    def look() -> tuple[list[str], str]:
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        return [name for name in names if name.endswith(".png")], file.read_text() if SETTINGS in names else "{}"
+
+    with storage.reading(folder):
+        pictures, text = storage.retried(f"reading {folder}", look)
+    if pictures and not overwrite:
+        _check_same(out, text, how)
+    numbers = sorted(int(name[:-4]) for name in pictures if name[:-4].isdecimal() and name == _name(int(name[:-4])))
+    if overwrite:
+        with storage.writing(folder):
+            for number in numbers:
+                (folder / _name(number)).unlink(missing_ok=True)
+        numbers = []
+    storage.write_json(file, how)
+    return np.array(numbers, np.int64)
+
+
+def _check_same(out: str, text: str, how: dict[str, Any]) -> None:
+    """Raises UsageError unless `text`, a sample.json, says the same as `how`."""
+    here = json.loads(json.dumps(how))
+    try:
+        there = dict(json.loads(text))
+    except ValueError:
+        there = {}
+    different = [
+        f"{name}: {there.get(name)} there, {here[name]} here" for name in here if there.get(name) != here[name]
+    ]
+    if different:
+        told = f" that were drawn in another way ({'; '.join(different)})" if there else ""
+        raise UsageError(f"--out={out} already holds pictures{told}; choose another folder or pass --overwrite.")
+
+
+def _missing(num: int, done: np.ndarray) -> Iterator[int]:
+    """The numbers below `num` that are not in `done`, which rises."""
+    start = 0
+    for stop in itertools.chain(done, [num]):
+        yield from range(start, int(stop))
+        start = int(stop) + 1
+
+
+def _name(number: int) -> str:
+    return f"{number:05d}.png"
+
+
+def _write(image: np.ndarray, path: AnyPath) -> None:
+    with storage.writing(path):
+        storage.retried(f"writing {path}", lambda: save_png(image, path))
+
+
+def _read(path: AnyPath) -> np.ndarray:
+    with storage.reading(path):
+        content = storage.retried(f"reading {path}", path.read_bytes)
+        return np.asarray(Image.open(io.BytesIO(content)))
 
 
 def _grid_by_label(images: np.ndarray, labels: int) -> np.ndarray:

@@ -5,10 +5,10 @@ channels, and the velocity it predicts are cut into 8×8 blocks and transformed 
 `deco spectra` does this for several networks and puts them side by side.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,16 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import Array
-from tqdm import tqdm
 
-from deco_jax.checkpoints import store
+from deco_jax import jobs, storage
+from deco_jax.config import build_model
 from deco_jax.diffusion.frequency import BLOCK, block_dct
 from deco_jax.errors import UsageError
 from deco_jax.evaluation.generate import check_folder, noise_batches
 from deco_jax.evaluation.spectra_report import FILES, Spectra, ZIGZAG_64x2, require_matplotlib, write_spectra
 from deco_jax.parallel import mesh as meshes
-from deco_jax.pretrained.load import load_pretrained
-from deco_jax.pretrained.networks import is_weight_file, model_config, open_networks
+from deco_jax.pretrained.load import Pretrained, open_pretrained
 from deco_jax.sampling.settings import Sampling
 from deco_jax.sampling.solvers import SOLVERS, integrate
 
@@ -65,12 +64,11 @@ def measure_spectra(
     run = _compiled(model, Sampling(steps, shift=shift))
     params = jax.device_put(params, meshes.replicated(meshes.local_layout().mesh))
     energy_2x64 = np.zeros((2, len(ZIGZAG_64x2)))
-    with tqdm(total=images, unit="image", disable=None) as bar:
-        for indices, noise in noise_batches(images, seed, image_size, batch_size):
+    with contextlib.closing(jobs.Progress(images, "image")) as progress:
+        for indices, noise, count in noise_batches(range(images), seed, image_size, batch_size):
             energies_2xBx64 = np.asarray(run(params, noise, model.condition.cycle(indices)), np.float64)
-            drawn = np.asarray(indices) < images
-            energy_2x64 += energies_2xBx64[:, drawn].sum(axis=1)
-            bar.update(drawn.sum())
+            energy_2x64 += energies_2xBx64[:, :count].sum(axis=1)
+            progress.update(progress.done + count)
     if not np.isfinite(energy_2x64).all():
         raise UsageError(f"With steps={steps} the network's output is not finite; its weights cannot be analysed.")
     blocks = [math.ceil(side / BLOCK) ** 2 for side in (image_size // model.patch_size, image_size)]
@@ -116,17 +114,19 @@ def spectra_to_folder(
     image_size: int | None,
     batch_size: int,
     weights: str,
+    dtype: str | None,
     overwrite: bool,
 ) -> None:
     """Measures networks, writes spectra.json, .csv and .png into `out`, and prints a short reading.
 
     Args:
       checkpoint: anything that `load_pretrained` opens; a network is named by the last parts of its path.
-      out: a folder; must not hold such files yet unless `overwrite`.
+      out: a folder, on this machine or in a bucket; must not hold such files yet unless `overwrite`.
       against: more of them, to put beside the first.
       num, seed, batch_size: see `measure_spectra`.
       steps, shift, image_size: None = as the run's configuration says; 50, 1 and 256 for a file that has none.
       weights: "ema" or "online".
+      dtype: of matrix products, "bfloat16" or "float32"; None = each as trained.
       overwrite: replace what is there.
 
     Raises:
@@ -134,37 +134,36 @@ def spectra_to_folder(
         missing.
     """
     require_matplotlib()
-    folder = check_folder(out, num, batch_size, seed, overwrite, "spectra.*", "spectra")
+    folder = check_folder(out, num, batch_size, seed)
+    with storage.reading(folder):
+        if not overwrite and any((folder / name).exists() for name in FILES):
+            raise UsageError(f"--out={out} already holds spectra; choose another folder or pass --overwrite.")
     sources = [checkpoint, *against]
-    names = _names(sources)
-    settings = [_settings(source, weights, steps, shift, image_size) for source in sources]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out={out} cannot be made: {error.strerror}.") from error
+    names, networks = _names(sources), [open_pretrained(source, dtype=dtype) for source in sources]
+    settings = [_settings(found, weights, steps, shift, image_size) for found in networks]
+    probe = folder / ".writable"
+    storage.write_bytes(probe, b"")
+    with storage.writing(folder):
+        probe.unlink()
     spectra = {}
-    for name, source, chosen in zip(names, sources, settings, strict=True):
-        print(f"{name}: {num} images of {chosen['image_size']}², {chosen['steps']} steps, shift {chosen['shift']:g}")
-        measured = measure_spectra(
-            *load_pretrained(source, weights), images=num, seed=seed, batch_size=batch_size, **chosen
-        )
-        spectra[name] = dataclasses.replace(measured, origin=f"{source}, {weights} weights")
+    for name, found, chosen in zip(names, networks, settings, strict=True):
+        drawn = f"{chosen['image_size']}², {chosen['steps']} steps, shift {chosen['shift']:g}"
+        print(f"{name}: {num} images of {drawn}, in {found.config.model.dtype}", flush=True)
+        model = build_model(found.config.model)
+        measured = measure_spectra(model, found.read(weights), images=num, seed=seed, batch_size=batch_size, **chosen)
+        origin = f"{found.path}, {weights} weights, in {found.config.model.dtype}"
+        spectra[name] = dataclasses.replace(measured, origin=origin)
     print(write_spectra(folder, spectra))
     print(f"{', '.join(FILES)} are in {folder}.")
 
 
 def _settings(
-    source: str, weights: str, steps: int | None, shift: float | None, image_size: int | None
+    found: Pretrained, weights: str, steps: int | None, shift: float | None, image_size: int | None
 ) -> dict[str, Any]:
-    """steps, shift and image_size for the network in `source`, checked as far as that goes without its weights."""
-    if is_weight_file(source):
-        stored = open_networks(source)
-        stored.weights(weights)
-        p, known = model_config(stored).patch_size, {"steps": 50, "shift": 1.0, "image_size": 256}
-    else:
-        config = store.read_config(*store.find_checkpoint(source))
-        p, sampler = config.model.patch_size, config.sample
-        known = {"steps": sampler.steps, "shift": sampler.shift, "image_size": config.data.image_size}
+    """steps, shift and image_size for a network, checked as far as that goes without its weights."""
+    found.check_set(weights)
+    source, p, sampler = found.path, found.config.model.patch_size, found.config.sample
+    known = {"steps": sampler.steps, "shift": sampler.shift, "image_size": found.config.data.image_size}
     asked = {"steps": steps, "shift": shift, "image_size": image_size}
     chosen = known | {name: value for name, value in asked.items() if value is not None}
     Sampling(chosen["steps"], shift=chosen["shift"])
@@ -181,7 +180,7 @@ def _settings(
 
 def _names(sources: Sequence[str]) -> list[str]:
     """As many last parts of the paths as tell them apart."""
-    parts = [pathlib.Path(source).expanduser().resolve().parts for source in sources]
+    parts = [storage.resolved(source).parts for source in sources]
     twice = next((source for i, source in enumerate(sources) if parts[i] in parts[:i]), None)
     if twice is not None:
         raise UsageError(f"--against={twice} is given twice; every network is measured once.")

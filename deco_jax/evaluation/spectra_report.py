@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 import io
 import json
-import pathlib
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 
 from deco_jax.diffusion.frequency import BLOCK
 from deco_jax.errors import UsageError
-from deco_jax.storage import write_bytes
+from deco_jax.storage import AnyPath, write_bytes
 from deco_jax.version import __version__
 
 FILES = ("spectra.json", "spectra.csv", "spectra.png")
@@ -74,7 +73,7 @@ def require_matplotlib() -> None:
         raise UsageError("The figure of the spectra needs matplotlib: pip install 'deco-jax[eval]'.") from error
 
 
-def write_spectra(out: pathlib.Path, spectra: dict[str, Spectra]) -> str:
+def write_spectra(out: AnyPath, spectra: dict[str, Spectra]) -> str:
     """Writes spectra.json, spectra.csv and spectra.png into `out`, and returns what they show as a few lines.
 
     Args:

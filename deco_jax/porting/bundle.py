@@ -22,6 +22,7 @@ class Bundle:
     origin: str = ""  # path of the source
     fingerprint: str | None = None  # of the data, if the source is a run of ours
     frozen: dict[str, str] = dataclasses.field(default_factory=dict)  # hashes of frozen networks, if the source says
+    assumed: tuple[str, ...] = ()  # what the source does not say, see `Pretrained`
     decisive: tuple[str, ...] = ()  # fields that training on must not change, if it is not a run of ours
 
     @property
@@ -43,4 +44,5 @@ class Bundle:
         model = self.config.model
         more = "" if self.moments is None else f", optimiser state after {self.moments[0]} updates"
         more += "" if self.projector is None else ", projector"
-        return f"{model.kind} {model.width}×{model.depth}, {self.parameters:,} parameters, step {self.step}{more}"
+        size = f"{model.kind} {model.width}×{model.depth}, {self.parameters:,} parameters"
+        return f"{size}, trained in {model.dtype}, step {self.step}{more}"

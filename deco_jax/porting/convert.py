@@ -1,30 +1,30 @@
-"""`deco convert`: how do readable weights become a checkpoint, safetensors, a `.ckpt` or a Hugging Face folder?"""
+"""`deco convert`: how do readable weights become a checkpoint, safetensors, `.ckpt`, `.pt` or a Hugging Face folder?"""
 
-import pathlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from deco_jax.checkpoints import store
-from deco_jax.config import default_config, restore_config
 from deco_jax.errors import UsageError
 from deco_jax.export.diffusers_folder import diffusers_files
 from deco_jax.models.build import network_fields
 from deco_jax.porting import folder, moments
 from deco_jax.porting.bundle import Bundle
 from deco_jax.pretrained import networks
-from deco_jax.storage import write_beside
+from deco_jax.pretrained.load import Pretrained, open_pretrained
+from deco_jax.storage import AnyPath, is_remote, resolved, write_beside, write_bytes, writing
 from deco_jax.training.start import abstract_on_host
 from deco_jax.training.state import TrainState
 from deco_jax.version import __version__
 
 # What is in the folders that are written here.
 CONVERTED = {store.FOLDER, "config.json", "model.safetensors", "README.md", *diffusers_files(0)} | {"transformer"}
+ENDINGS = {".safetensors": "safetensors", ".ckpt": "ckpt", ".pt": "pt", ".pth": "pt"}  # of files, and what is in them
 
 
 def convert(
@@ -43,9 +43,9 @@ def convert(
 
     Args:
       source: see `load_pretrained`.
-      target: a file or folder.
-      kind: one of WRITERS; as the target's ending says unless given, a checkpoint for a folder.
-      weights: which of the two a safetensors file or Hugging Face folder gets: ema or online.
+      target: a file or folder, on this machine or in a bucket.
+      kind: one of WRITERS; as the target's ending says unless given, a checkpoint for a name without one.
+      weights: which of the two a safetensors file, a .pt or a Hugging Face folder gets: ema or online.
       train_state: carry the optimiser's moments, the step and the projector as well, so that training goes on.
       projector: with train_state; False leaves it out, for training on without representation alignment.
       image_size: side of the images it was trained on, for sources that do not say (256 otherwise).
@@ -55,33 +55,59 @@ def convert(
     Raises:
       UsageError: the source cannot be read, has not what is asked for, or the target is in the way.
     """
-    if "://" in target:
-        raise UsageError(f"{target} is no path; write to a local disk or a mounted bucket.")
-    path = pathlib.Path(target).expanduser().resolve()
-    kind = kind or {".safetensors": "safetensors", ".ckpt": "ckpt"}.get(path.suffix, "checkpoint")
-    if kind not in WRITERS:
-        raise UsageError(f"--format={kind} is not known; allowed: {', '.join(WRITERS)}.")
+    path = resolved(target)
+    kind = _kind(target, path.suffix, kind)
     if weights not in ("ema", "online"):
         raise UsageError(f"--weights={weights} is not known; allowed: ema, online.")
     if train_state and kind not in ("checkpoint", "ckpt"):
         raise UsageError(f"--train-state needs a checkpoint or .ckpt as target; {kind} holds one set of weights.")
     if image_size is not None and image_size < 1:
         raise UsageError(f"--image-size={image_size} must be 1 or more.")
-    _check_target(path, target, pathlib.Path(source).expanduser().resolve(), force)
-    if kind == "ckpt":
-        moments.require_torch()
+    _check_target(path, target, resolved(source), force)
+    if kind in ("ckpt", "pt"):
+        moments.require_torch(f".{kind}")
     wanted = ("ema", "online") if kind in ("checkpoint", "ckpt") else (weights,)
     bundle = read(source, wanted, train_state, projector, prediction)
     if kind != "checkpoint":
         folder.check_known_to_pytorch(bundle)
     if image_size is not None:
         bundle.config.data.image_size = image_size
-    with write_beside(path) as draft:
-        WRITERS[kind](bundle, draft)
+    elif "image_size" in bundle.assumed:
+        side = bundle.config.data.image_size
+        print(f"{source} does not say how large its images were; {side} is assumed (or give --image-size).")
+    if "dtype" in bundle.assumed:
+        print(f"{source} does not say in which dtype it was trained; {bundle.config.model.dtype} is assumed.")
+    with writing(path):
+        if kind == "checkpoint" and is_remote(path):  # Orbax itself makes it appear whole
+            write_checkpoint(bundle, path)
+        else:
+            with write_beside(path) as draft:
+                WRITERS[kind](bundle, draft)
     print(f"{target}: {kind}, {bundle}.")
 
 
-def _check_target(path: pathlib.Path, target: str, source: pathlib.Path, force: bool) -> None:
+def _kind(target: str, ending: str, given: str | None) -> str:
+    """One of WRITERS: what is `given`, or else follows from the target's ending.
+
+    Raises:
+      UsageError: it is not known, or the name promises another.
+    """
+    if given is not None and given not in WRITERS:
+        raise UsageError(f"--format={given} is not known; allowed: {', '.join(WRITERS)}.")
+    promised = ENDINGS.get(ending)
+    if given and promised not in (None, given):
+        raise UsageError(
+            f"{target} would hold a {given}, but its ending {ending} says {promised}; choose another name."
+        )
+    if not (given or promised) and re.fullmatch(r"\.[a-zA-Z]\w*", ending):
+        raise UsageError(
+            f"{target}: nothing is written as {ending}; allowed: {', '.join(ENDINGS)}, or a folder's name without an "
+            "ending. --format=checkpoint makes a folder of any name."
+        )
+    return given or promised or "checkpoint"
+
+
+def _check_target(path: AnyPath, target: str, source: AnyPath, force: bool) -> None:
     """Raises UsageError unless `path` is free, or may be replaced."""
     if path == source or path in source.parents:
         raise UsageError(f"{target} is, or holds, the source itself.")
@@ -89,6 +115,8 @@ def _check_target(path: pathlib.Path, target: str, source: pathlib.Path, force: 
         return
     if not force:
         raise UsageError(f"{target} exists; choose another name or pass --force to replace it.")
+    if is_remote(path) and path.is_dir():
+        raise UsageError(f"{target} is a folder in a bucket, which --force does not replace; remove it first.")
     if source in path.parents or (source.suffix == ".json" and source.parent == path.parent):
         raise UsageError(f"{target} is a part of the source.")
     strange = sorted({p.name for p in path.iterdir()} - CONVERTED) if path.is_dir() else []
@@ -100,16 +128,13 @@ def read(
     source: str, wanted: Collection[str], train_state: bool, projector: bool, prediction: str | None = None
 ) -> Bundle:
     """Reads a source of any kind; see `convert`."""
-    if not networks.is_weight_file(source):
-        return _read_checkpoint(source, wanted, train_state, projector, prediction)
-    stored = networks.open_networks(source, prediction)
-    config, said = default_config(), stored.file.config
-    if isinstance(said.get("training"), dict):  # a folder of ours
-        config = _run_config(said | {"config": said["training"]}, source)
-    config.model = networks.model_config(stored)
+    found = open_pretrained(source, prediction)
+    if found.stored is None:
+        return _read_checkpoint(found, wanted, train_state, projector)
+    stored, config = found.stored, found.config
     decisive = [f"model.{field}" for field in ("kind", *network_fields(config.model.kind))]
     decisive += ["loss.alignment_weight", "loss.alignment_features"]
-    bundle = Bundle(config, origin=source, step=_step(stored), decisive=tuple(decisive))
+    bundle = Bundle(config, origin=source, step=_step(stored), decisive=tuple(decisive), assumed=found.assumed)
     if train_state and not stored.file.rest.get("optimizer_states"):
         raise UsageError(f"{source} holds no optimiser state; convert it without --train-state.")
     if len(wanted) == 1 or ("only" not in stored.networks and len(stored.sets) == 2):
@@ -133,14 +158,9 @@ def _step(stored: networks.Stored) -> int:
     return int(said) if str(said).isdecimal() and len(str(said)) < 10 else 0
 
 
-def _read_checkpoint(
-    source: str, wanted: Collection[str], train_state: bool, projector: bool, prediction: str | None
-) -> Bundle:
-    where, step = store.find_checkpoint(source)
+def _read_checkpoint(found: Pretrained, wanted: Collection[str], train_state: bool, projector: bool) -> Bundle:
+    source, config, (where, step) = found.path, found.config, found.checkpoint
     meta = store.read_meta(where, step)
-    config = _run_config(meta, source)
-    networks.settle_prediction(source, [config.model.prediction], prediction)
-    config.model.attention = "default"  # the run's choice may not exist on this machine
     if train_state and meta.get("weights_only"):
         raise UsageError(f"{source} holds weights only; convert it without --train-state.")
     abstract = abstract_on_host(config)
@@ -149,7 +169,7 @@ def _read_checkpoint(
         asked |= {"params": abstract.params, "opt_state": abstract.opt_state}
     elif "online" in wanted:
         asked["params"] = {"network": abstract.params["network"]}
-    part = jax.tree.map(np.asarray, store.restore_part(where, step, asked))
+    part = jax.tree.map(np.asarray, found.restore(asked))
     params = part.get("params", {})
     bundle = Bundle(config, origin=source, step=step, ema=part.get("ema"), online=params.get("network"))
     bundle.fingerprint, bundle.decisive = meta["fingerprint"] or None, tuple(meta.get("decisive", ()))
@@ -163,14 +183,7 @@ def _read_checkpoint(
     return bundle
 
 
-def _run_config(saved: Mapping[str, Any], source: str) -> ConfigDict:
-    """A run's configuration, but for the arrangement of its devices."""
-    config = restore_config(saved, source)
-    config.mesh = default_config().mesh
-    return config
-
-
-def write_checkpoint(bundle: Bundle, path: pathlib.Path) -> None:
+def write_checkpoint(bundle: Bundle, path: AnyPath) -> None:
     """A workdir: to start from with train.init_from or, with the optimiser's state, to go on in."""
     config = bundle.config
     params = {"network": bundle.online} | ({"projector": bundle.projector} if bundle.projector is not None else {})
@@ -192,7 +205,7 @@ def write_checkpoint(bundle: Bundle, path: pathlib.Path) -> None:
         saved.save(bundle.step, state, meta)
         saved.close()
         bar.update()
-    (path / "config.json").write_text(config.to_json_best_effort(indent=2))
+    write_bytes(path / "config.json", config.to_json_best_effort(indent=2).encode())
 
 
 def _bar(what: str) -> Callable[[Iterable], Iterable]:
@@ -204,5 +217,6 @@ WRITERS = {
     "checkpoint": write_checkpoint,
     "safetensors": folder.write_safetensors,
     "ckpt": moments.write_ckpt,
+    "pt": moments.write_pt,
     "huggingface": folder.write_folder,
 }

@@ -16,6 +16,7 @@ from deco_jax.export.diffusers_folder import diffusers_files
 from deco_jax.models.build import network_fields
 from deco_jax.porting.bundle import Bundle
 from deco_jax.sampling.settings import Sampling
+from deco_jax.storage import resolved
 from deco_jax.version import __version__
 from deco_jax.weights import translate
 
@@ -37,12 +38,15 @@ def check_known_to_pytorch(bundle: Bundle) -> None:
 def write_safetensors(bundle: Bundle, path: pathlib.Path) -> None:
     """The one set of weights under upstream's names; the metadata says which network they make.
 
-    "architecture": its sizes, JSON; "prediction": velocity or image; "weights": ema or online; "step".
+    "architecture": its sizes, JSON; "prediction": velocity or image; "dtype": bfloat16 or float32, in which it was
+    trained; "image_size"; "weights": ema or online; "step".
     """
     metadata = {
         "format": "pt",
         "architecture": json.dumps(architecture(bundle)),
         "prediction": bundle.config.model.prediction,
+        "dtype": bundle.config.model.dtype,
+        "image_size": str(bundle.config.data.image_size),
         "weights": bundle.weights,
         "step": str(bundle.step),
     }
@@ -70,6 +74,7 @@ def write_folder(bundle: Bundle, path: pathlib.Path) -> None:
     config = {
         **architecture(bundle),
         "prediction": c.model.prediction,
+        "dtype": c.model.dtype,
         "image_size": c.data.image_size,
         "weights": bundle.weights,
         "step": bundle.step,
@@ -153,7 +158,7 @@ def _table(rows: list[tuple[str, Any]]) -> str:
 
 def _last_metrics(origin: str, step: int) -> list[tuple[str, Any]]:
     """What the run logged last up to `step`, if `origin` is a workdir of ours or a checkpoint in one."""
-    given = pathlib.Path(origin).expanduser().absolute()
+    given = resolved(origin)
     workdir = given.parents[1] if given.parent.name == store.FOLDER else given
     log, last = workdir / "metrics.jsonl", {}
     for text in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:

@@ -1,4 +1,4 @@
-"""How does AdamW's state go between PyTorch's numbered parameters and optax's trees, and into a `.ckpt`?"""
+"""How does AdamW's state go between PyTorch's numbered parameters and optax's trees? And `.ckpt` and `.pt` files."""
 
 import itertools
 import pathlib
@@ -51,12 +51,26 @@ def read(stored: networks.Stored, bundle: Bundle) -> None:
     bundle.config.optimizer.update(settings)
 
 
-def require_torch() -> None:
-    """Raises UsageError if PyTorch is not installed."""
+def require_torch(ending: str) -> None:
+    """Raises UsageError if PyTorch, which writes files with this ending, is not installed."""
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        raise UsageError("writing a .ckpt needs PyTorch: pip install 'deco-jax[torch]'.") from error
+        raise UsageError(f"writing a {ending} needs PyTorch: pip install 'deco-jax[torch]'.") from error
+
+
+def write_pt(bundle: Bundle, path: pathlib.Path) -> None:
+    """The one set of weights under upstream's names, as "state_dict"; beside it, what they are."""
+    import torch
+
+    said = {"weights": bundle.weights, "global_step": bundle.step, **_about(bundle)}
+    torch.save({"state_dict": _tensors(bundle.table, getattr(bundle, bundle.weights)), **said}, path)
+
+
+def _about(bundle: Bundle) -> dict[str, Any]:
+    """What upstream has in its configuration, and our reader finds in a file."""
+    c = bundle.config
+    return {"prediction": c.model.prediction, "dtype": c.model.dtype, "image_size": c.data.image_size}
 
 
 def write_ckpt(bundle: Bundle, path: pathlib.Path) -> None:
@@ -67,7 +81,7 @@ def write_ckpt(bundle: Bundle, path: pathlib.Path) -> None:
         "epoch": 0,
         "global_step": bundle.step,
         "pytorch-lightning_version": "2.4.0",
-        "prediction": bundle.config.model.prediction,  # ours; upstream has that in its configuration
+        **_about(bundle),
         "state_dict": {
             **_tensors(bundle.table, bundle.online, "denoiser."),
             **_tensors(bundle.table, bundle.ema, "ema_denoiser."),

@@ -1,51 +1,159 @@
 """How does a user get a trained network? `deco_jax.load_pretrained`, from wherever it is stored."""
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+from absl import logging
 from flax import linen as nn
+from jax import Array
+from ml_collections import ConfigDict
 
 from deco_jax.checkpoints import store
-from deco_jax.config import build_model
+from deco_jax.config import FIELDS, build_model, default_config
 from deco_jax.errors import UsageError
 from deco_jax.models.build import parameter_shapes
 from deco_jax.pretrained import networks
+from deco_jax.storage import AnyPath, resolved
+from deco_jax.weights.tensors import naming
+from deco_jax.weights.translate import check_finite
+
+Dtype = Literal["bfloat16", "float32"]
 
 
 def load_pretrained(
-    path: str, weights: Literal["ema", "online"] = "ema", prediction: Literal["velocity", "image"] | None = None
+    path: str,
+    weights: Literal["ema", "online"] = "ema",
+    prediction: Literal["velocity", "image"] | None = None,
+    dtype: Dtype | None = None,
 ) -> tuple[nn.Module, Any]:
     """Opens a trained network, wherever it comes from; architecture and sizes are in the file.
 
     Args:
       path: a workdir of `deco train` (its newest checkpoint), `workdir/checkpoints/<step>`, an upstream Lightning
         `.ckpt`, a PyTorch state dict (`.pt`, `.pth`), `.safetensors`, an index of several of these, or a Hugging Face
-        folder. Neither torch nor any code in a file is used (docs/security.md).
+        folder; on this machine or in a bucket (gs://…). Neither torch nor any code in a file is used
+        (docs/security.md).
       weights: the moving average, or the weights that were being trained; the same where a file does not
         say which it holds.
       prediction: what the network predicts, for files that do not say. Ours do; others are taken for velocity, but
         for a baseline it must be given, as upstream trains it both ways. Whatever it is, `model` returns velocities.
+      dtype: of matrix products; parameters are fp32 either way. None: as the network was trained. Files that do not
+        say are taken for bfloat16, as upstream trains, with a warning; a float32 network is then a little off.
 
     Returns:
       (model, params): for `model.apply({"params": params}, x, t, labels)` and `deco_jax.sample`.
 
     Raises:
-      UsageError: there is nothing to open, no such weights, tensors are missing, left over or misshapen, or the file
-        says that it predicts something else.
+      UsageError: there is nothing to open, no such weights, tensors are missing, left over, misshapen or not finite,
+        or the file says that it predicts something else.
     """
-    if weights not in ("ema", "online"):
-        raise UsageError(f"weights={weights!r} is not known; allowed: ema, online.")
+    found = open_pretrained(path, prediction, dtype)
+    if "dtype" in found.assumed:
+        logging.warning("%s does not say in which dtype it was trained; bfloat16 is assumed (or give dtype=).", path)
+    return build_model(found.config.model), found.read(weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A trained network that was found, of which no number is read yet.
+
+    Attributes:
+      path: as its user wrote it.
+      config: of the run that trained it, with the defaults where the source does not say.
+      assumed: which of "dtype" and "image_size" are such defaults.
+      stored: what is in a file or folder of PyTorch's, or None.
+      checkpoint: of ours, its folder and step, or None.
+    """
+
+    path: str
+    config: ConfigDict
+    assumed: tuple[str, ...] = ()
+    stored: networks.Stored | None = None
+    checkpoint: tuple[AnyPath, int] | None = None
+
+    def __str__(self) -> str:
+        return str(resolved(self.path)) if self.checkpoint is None else "{}/{}".format(*self.checkpoint)
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Which of "ema" and "online" there are."""
+        return ("ema", "online") if self.stored is None else self.stored.sets
+
+    @property
+    def has_projector(self) -> bool:
+        """Whether it is a checkpoint of ours that was trained with alignment."""
+        aligned = self.checkpoint is not None and self.config.loss.alignment_weight
+        return bool(aligned) and not store.read_meta(*self.checkpoint).get("weights_only")
+
+    def check_set(self, weights: str) -> None:
+        """Raises UsageError if there are no such `weights`."""
+        if weights not in ("ema", "online"):
+            raise UsageError(f"weights={weights!r} is not known; allowed: ema, online.")
+        if self.stored is not None:
+            self.stored.weights(weights)
+
+    def read(self, weights: str, like: Any = None) -> Any:
+        """The "ema" or "online" weights of the network, fp32.
+
+        Args:
+          weights: which.
+          like: shapes and shardings to be read into (ShapeDtypeStructs); None = onto this process's first device.
+
+        Raises:
+          UsageError: there are none, they do not fit `like`, or some are not finite.
+        """
+        self.check_set(weights)
+        if like is None:
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            shapes = parameter_shapes(build_model(self.config.model))
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+        if self.stored is not None:
+            return jax.tree.map(_place, networks.read_network(self.stored, weights), like)
+        if weights == "ema":
+            return self.restore({"ema": like})["ema"]
+        return self.restore({"params": {"network": like}})["params"]["network"]
+
+    def restore(self, abstract: dict[str, Any]) -> dict[str, Any]:
+        """The parts of a checkpoint's state that `abstract` names, see `store.restore_part`; all of them finite."""
+        part = store.restore_part(*self.checkpoint, abstract)
+        counts = jax.tree_util.tree_leaves_with_path(jax.device_get(_count_nonfinite(part)))
+        with naming(str(self)):
+            check_finite({jax.tree_util.keystr(k, simple=True, separator="/"): n for k, n in counts})
+        return part
+
+
+def open_pretrained(path: str, prediction: str | None = None, dtype: str | None = None) -> Pretrained:
+    """Finds a trained network, and says what is known of it; arguments as in `load_pretrained`.
+
+    Raises:
+      UsageError: there is none, or it is another one than is said.
+    """
     if networks.is_weight_file(path):
         stored = networks.open_networks(path, prediction)
-        model, params = build_model(networks.model_config(stored)), networks.read_network(stored, weights)
-        return model, jax.tree.map(lambda x: jax.device_put(x, may_alias=True), params)
-    folder, step = store.find_checkpoint(path)
-    config = store.read_config(folder, step).model
-    networks.settle_prediction(path, [config.prediction], prediction)
-    config.attention = "default"  # the run's choice may not exist on this machine
-    model = build_model(config)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), parameter_shapes(model))
-    if weights == "ema":
-        return model, store.restore_part(folder, step, {"ema": shapes})["ema"]
-    return model, store.restore_part(folder, step, {"params": {"network": shapes}})["params"]["network"]
+        config = networks.run_config(stored)
+        assumed = tuple(name for name in ("dtype", "image_size") if getattr(stored, name) is None)
+        found = Pretrained(path, config, assumed, stored=stored)
+    else:
+        where, step = store.find_checkpoint(path)
+        config = store.read_config(where, step)
+        networks.settle_prediction(path, [config.model.prediction], prediction)
+        found = Pretrained(path, config, checkpoint=(where, step))
+    config.mesh = default_config().mesh  # neither the run's devices nor its way of computing may exist here
+    config.model.attention = "default"
+    if dtype is None:
+        return found
+    FIELDS["model.dtype"].check("dtype", dtype)
+    config.model.dtype = dtype
+    return dataclasses.replace(found, assumed=tuple(name for name in found.assumed if name != "dtype"))
+
+
+def _place(x: Any, like: jax.ShapeDtypeStruct) -> Array:
+    """`x` as an array of the devices that `like` names; on a CPU without a copy."""
+    return jax.make_array_from_callback(x.shape, like.sharding, lambda index: x[index])
+
+
+@jax.jit
+def _count_nonfinite(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.sum(~jnp.isfinite(x)), tree)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,13 +11,14 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from deco_jax.checkpoints import store
-from deco_jax.config import build_model, default_config
+from deco_jax.config import FIELDS, build_model, default_config, restore_config
 from deco_jax.diffusion.flow import PREDICTIONS
 from deco_jax.errors import UsageError
 from deco_jax.models import Projector
 from deco_jax.models.build import KINDS, parameter_shapes
 from deco_jax.pretrained import names
 from deco_jax.pretrained.infer import ARCHITECTURES, infer, split_networks
+from deco_jax.storage import reading, retried, to_path
 from deco_jax.weights import translate
 from deco_jax.weights.files import Weights, open_weights
 from deco_jax.weights.tensors import naming, short
@@ -32,6 +32,8 @@ class Stored:
     sizes: dict[str, Any]  # of the network, see `infer`; and its "prediction"
     networks: dict[str, dict[str, Any]]  # those of "ema", "online", "projector" that it has; PyTorch name → tensor
     file: Weights
+    dtype: str | None = None  # in which the network was trained, None = it does not say
+    image_size: int | None = None  # side of the images it was trained on, None = it does not say
 
     @property
     def table(self) -> dict[str, str]:
@@ -43,8 +45,8 @@ class Stored:
         """For which of "ema" and "online" there are weights; a file with a single set, and no word, has both."""
         if "only" not in self.networks:
             return tuple(which for which in ("ema", "online") if which in self.networks)
-        said = self.file.metadata.get("weights")
-        return (said,) if said in ("ema", "online") else ("ema", "online")
+        said = [which for which in _said(self.file, "weights") if which in ("ema", "online")]
+        return tuple(said[:1]) or ("ema", "online")
 
     def weights(self, which: str) -> dict[str, Any]:
         """The "ema" or the "online" tensors.
@@ -59,11 +61,16 @@ class Stored:
 
 def is_weight_file(path: str | os.PathLike) -> bool:
     """Whether `path` is a file, or a Hugging Face folder: not a workdir or checkpoint of ours."""
-    given = pathlib.Path(path).expanduser()
-    if (given / store.FOLDER).is_dir():  # whatever else lies in a workdir
-        return False
-    endings = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
-    return given.is_file() or (given.is_dir() and any(any(given.glob(ending)) for ending in endings))
+    given = to_path(path)
+
+    def look() -> bool:
+        if (given / store.FOLDER).is_dir():  # whatever else lies in a workdir
+            return False
+        endings = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+        return given.is_file() or (given.is_dir() and any(any(given.glob(ending)) for ending in endings))
+
+    with reading(given):
+        return retried(f"reading {given}", look)
 
 
 def open_networks(path: str | os.PathLike, prediction: str | None = None) -> Stored:
@@ -77,7 +84,7 @@ def open_networks(path: str | os.PathLike, prediction: str | None = None) -> Sto
       UsageError: it cannot be read, or its tensors do not make a network, and they are listed; or it predicts
         something else.
     """
-    file = open_weights(pathlib.Path(path).expanduser())
+    file = open_weights(to_path(path))
     with naming(path):
         networks = split_networks(file.tensors)
         sets = [networks[which] for which in ("ema", "online", "only") if which in networks]
@@ -86,14 +93,27 @@ def open_networks(path: str | os.PathLike, prediction: str | None = None) -> Sto
         sizes = [infer({name: tuple(tensor.shape) for name, tensor in tensors.items()}) for tensors in sets]
         if sizes[0] != sizes[-1]:
             raise UsageError(f"its EMA and online networks differ: {sizes[0]} and {sizes[-1]}.")
-    said = [place["prediction"] for place in (file.metadata, file.config, file.rest) if "prediction" in place]
-    prediction = settle_prediction(path, said, prediction)
+    prediction = settle_prediction(path, _said(file, "prediction"), prediction)
     if prediction is None and sizes[0]["kind"] == "baseline":
         raise UsageError(
             f"{path} does not say whether its baseline predicts velocities or images; both are in use and have the "
             "same tensors. Say which: prediction='velocity' or 'image' (deco convert --prediction velocity, or image)."
         )
-    return Stored(str(path), sizes[0] | {"prediction": prediction or "velocity"}, networks, file)
+    dtypes = [dtype for dtype in _said(file, "dtype") if dtype in FIELDS["model.dtype"].choices]
+    sides = [int(side) for side in _said(file, "image_size") if str(side).isdecimal() and 0 < len(str(side)) < 6]
+    sizes = sizes[0] | {"prediction": prediction or "velocity"}
+    return Stored(str(path), sizes, networks, file, *((said or [None])[0] for said in (dtypes, sides)))
+
+
+def _said(file: Weights, name: str) -> list[Any]:
+    """What stands in a file or folder for `name`, a field of `config.model`, in as many places as there are.
+
+    In a folder that an older version wrote, the run's own configuration has it.
+    """
+    training = file.config.get("training")
+    model = training.get("model") if isinstance(training, dict) else None
+    places = (file.metadata, file.config, file.rest, model if isinstance(model, dict) else {})
+    return [place[name] for place in places if name in place]
 
 
 def settle_prediction(path: str | os.PathLike, said: list[Any], given: str | None) -> str | None:
@@ -110,8 +130,8 @@ def settle_prediction(path: str | os.PathLike, said: list[Any], given: str | Non
     for value in said if given is None else [*said, given]:
         if not isinstance(value, str) or value not in PREDICTIONS:
             raise UsageError(f"{path}: prediction={short(value)} is not known; allowed: {', '.join(PREDICTIONS)}.")
-    if len(set(said)) > 1:
-        raise UsageError(f"{path} says in one place that its network predicts {said[0]}, in another {said[-1]}.")
+    if other := [value for value in said if value != said[0]]:
+        raise UsageError(f"{path} says in one place that its network predicts {said[0]}, in another {other[0]}.")
     if said and given not in (None, said[0]):
         raise UsageError(f"{path} holds a network that predicts {said[0]}, not {given}; leave the prediction out.")
     return said[0] if said else given
@@ -130,14 +150,25 @@ def model_config(stored: Stored) -> ConfigDict:
             f"{stored.path} holds a {kind} network ({known}); this version runs and converts: {', '.join(KINDS)}."
         )
     config = default_config().model
-    config.update(stored.sizes)
+    config.update(stored.sizes | ({"dtype": stored.dtype} if stored.dtype else {}))
+    return config
+
+
+def run_config(stored: Stored) -> ConfigDict:
+    """The configuration of the run behind `stored`: the network, and the rest as far as it says, else the defaults."""
+    config, said = default_config(), stored.file.config
+    if isinstance(said.get("training"), dict):  # a folder of ours
+        config = restore_config(said | {"config": said["training"]}, stored.path)
+    config.model = model_config(stored)
+    config.data.image_size = stored.image_size or config.data.image_size
     return config
 
 
 def read_network(stored: Stored, which: str, watch: Callable[[Iterable], Iterable] = iter) -> Any:
     """The "ema" or "online" weights as our parameters, fp32 numpy; one tensor at a time is read beside them."""
     like = parameter_shapes(build_model(model_config(stored)))
-    return translate.from_torch(stored.table, stored.weights(which), like, watch)
+    with naming(stored.path):
+        return translate.from_torch(stored.table, stored.weights(which), like, watch)
 
 
 def read_projector(stored: Stored) -> Any:
@@ -146,4 +177,5 @@ def read_projector(stored: Stored) -> Any:
     features = tensors["proj.0.4.weight"].shape[0] if "proj.0.4.weight" in tensors else 0
     tokens = jnp.zeros((1, 1, stored.sizes["width"]))
     like = nn.meta.unbox(jax.eval_shape(lambda: Projector(features).init(jax.random.key(0), tokens)["params"]))
-    return translate.from_torch(names.PROJECTOR, tensors, like)
+    with naming(stored.path):
+        return translate.from_torch(names.PROJECTOR, tensors, like)

@@ -1,12 +1,11 @@
 """How do images get onto disk, one by one and as grids?"""
 
 import math
-import pathlib
 
 import numpy as np
 from PIL import Image
 
-from deco_jax.storage import write_beside
+from deco_jax.storage import AnyPath, write_beside
 
 
 def make_grid(images_BxHxWx3: np.ndarray, columns: int) -> np.ndarray:
@@ -20,7 +19,7 @@ def make_grid(images_BxHxWx3: np.ndarray, columns: int) -> np.ndarray:
     return grid
 
 
-def save_png(image_HxWx3: np.ndarray, path: pathlib.Path) -> None:
+def save_png(image_HxWx3: np.ndarray, path: AnyPath) -> None:
     """Writes a uint8 image as PNG; a reader never sees half a file."""
     with write_beside(path) as draft:
         Image.fromarray(image_HxWx3).save(draft, format="PNG")

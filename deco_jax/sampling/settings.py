@@ -27,8 +27,10 @@ class Sampling:
         interval = tuple(self.guidance_interval)
         if self.steps < 1:
             raise UsageError(f"steps={self.steps} must be at least 1.")
-        if not math.isfinite(self.guidance):
-            raise UsageError(f"guidance={self.guidance} must be a finite number; 1 is none.")
+        if not 0 <= self.guidance < math.inf:
+            raise UsageError(
+                f"guidance={self.guidance} must be a finite number, 0 or more; 1 is none, and 0 leaves only the null."
+            )
         numbers = len(interval) == 2 and all(isinstance(t, int | float) for t in interval)
         if not numbers or not 0 <= interval[0] <= interval[1] <= 1:
             raise UsageError(f"guidance_interval={interval} must be (low, high) with 0 ≤ low ≤ high ≤ 1.")

@@ -2,7 +2,7 @@
 
 Read are: what `torch.save` wrote (`.pt`, `.pth`, `.ckpt`, `.bin`; the content counts, not the ending), `.safetensors`,
 a set of either with its `….index.json`, and a Hugging Face folder with any of them. Nothing in a file is executed, and
-only the tensors asked for are read; docs/security.md has the rules.
+only the tensors asked for are read; docs/security.md has the rules. What lies in a bucket is first copied to this host.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import pathlib
 from typing import Any
 
 from deco_jax.errors import UsageError
+from deco_jax.storage import local_copy, to_path
 from deco_jax.weights.archives import read_torch
 from deco_jax.weights.safetensors import MAX_HEADER, is_safetensors, read_safetensors
 from deco_jax.weights.tensors import MappedFile, Tensor, naming, short
@@ -53,9 +54,10 @@ def open_weights(path: str | os.PathLike) -> Weights:
     Raises:
       UsageError: there is nothing readable, or it is damaged, or names code; the message names the file.
     """
-    if "://" in os.fspath(path):
-        raise UsageError(f"{path}: PyTorch and safetensors files are read from local disks; copy it to one first.")
-    path = pathlib.Path(path)
+    path = to_path(path)
+    if path.name.endswith(".json"):  # the files that it names lie beside it
+        path = local_copy(path.parent) / path.name
+    path = local_copy(path)
     if os.path.isdir(path):
         return _open_folder(path)
     if path.name.endswith(".json"):

@@ -75,7 +75,7 @@ def from_torch(
       Nested dicts of numpy arrays shaped as `like`.
 
     Raises:
-      UsageError: tensors are missing, left over or misshapen; all of them are listed.
+      UsageError: tensors are missing, left over or misshapen, and all of them are listed; or some are not finite.
     """
     shapes = {"/".join(path): leaf.shape for path, leaf in flatten_dict(like).items()}
     places = {name: _place(*place) for name, *place in expand(table, counts_of(table, shapes))}
@@ -90,11 +90,21 @@ def from_torch(
             problems.append(f"{name} is complex")
     if problems:
         raise UsageError("these tensors do not fit the model: " + "; ".join(problems) + ".")
-    ours = {path: aligned_empty(shapes[path]) for path, _ in places.values()}
+    ours, nonfinite = {path: aligned_empty(shapes[path]) for path, _ in places.values()}, {}
     for name, (path, index) in watch(places.items()):
         target, value = ours[path][index], np.asarray(tensors[name])
         target[...] = (value.T if path.endswith("/kernel") else value).reshape(target.shape)
+        nonfinite[name] = target.size - np.count_nonzero(np.isfinite(target))
+    check_finite(nonfinite)
     return unflatten_dict({tuple(path.split("/")): value for path, value in ours.items()})
+
+
+def check_finite(nonfinite: Mapping[str, int]) -> None:
+    """Raises UsageError if a tensor has numbers that are NaN or infinite; `nonfinite` says how many, by name."""
+    bad = [f"{name} ({count:,} numbers)" for name, count in nonfinite.items() if count]
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise UsageError(f"weights that are NaN or infinite are of no use: {', '.join(bad[:5])}{more}.")
 
 
 def aligned_empty(shape: tuple[int, ...]) -> np.ndarray:

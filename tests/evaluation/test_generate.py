@@ -1,18 +1,37 @@
 """Many images from a network, their grid, and the classifier that judges the digits."""
 
+import itertools
+import json
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks.digits import DigitClassifier
+from deco_jax.cli import main
 from deco_jax.config import default_config
 from deco_jax.data.sources import Digits
 from deco_jax.diffusion.flow import to_uint8
-from deco_jax.evaluation.generate import _grid_by_label, generate
+from deco_jax.evaluation import generate as module
+from deco_jax.evaluation.generate import _grid_by_label, _missing, generate
 from deco_jax.sampling.pictures import make_grid, save_png
 from deco_jax.sampling.sample import image_noise, sample
 from deco_jax.sampling.settings import Sampling
+from deco_jax.storage import to_path
 from tests.helpers import Golden
+
+LIGHTNING = str(pathlib.Path(__file__).parents[1] / "golden" / "lightning_c2i.ckpt")
+SAMPLE = ["sample", "--checkpoint", LIGHTNING, "--image-size=8", "--steps=1", "--dtype=float32"]
+
+
+def pictures(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "grid.png"}
 
 
 def test_a_grid_lays_images_out_row_by_row():
@@ -62,3 +81,102 @@ def test_the_judge_knows_digits_and_is_not_fooled_by_noise():
     noise = np.random.default_rng(0).integers(0, 256, (200, 28, 28), np.uint8)
     labels = np.arange(200) % 10
     assert (judge(noise) == labels).mean() < 0.3
+
+
+def test_the_numbers_that_are_missing():
+    assert list(_missing(6, np.array([0, 1, 3]))) == [2, 4, 5]
+    assert list(_missing(3, np.array([0, 1, 2]))) == []
+    first = itertools.islice(_missing(10**9, np.array([1], np.int64)), 3)
+    assert list(first) == [0, 2, 3], "a billion are counted, not listed"
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_pictures_are_added_to_those_of_the_same_settings(tmp_path, capsys, monkeypatch):
+    """And to no others; with --overwrite all are drawn anew, and none of the old ones stay between the new."""
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    main([*SAMPLE, "--num=12", "--out", str(straight)])
+    main([*SAMPLE, "--num=9", "--out", str(out)])
+    (out / "00004.png").unlink()
+    drawn, write = [], module._write
+    monkeypatch.setattr(module, "_write", lambda image, path: drawn.append(path.name) or write(image, path))
+    main([*SAMPLE, "--num=12", "--batch-size=1", "--out", str(out)])
+    assert sorted(drawn) == ["00004.png", "00009.png", "00010.png", "00011.png"]
+    assert "12 images of 8×8 pixels, at most 2.30kB, of which 8 are there already." in capsys.readouterr().out
+    assert pictures(out).keys() == pictures(straight).keys()
+    for name in ("grid.png", "00004.png"):
+        a, b = (np.asarray(Image.open(folder / name)).astype(int) for folder in (out, straight))
+        assert np.abs(a - b).max() <= 1, name
+    before = pictures(out)
+    with pytest.raises(SystemExit):
+        main([*SAMPLE, "--num=12", "--out", str(out), "--seed=1", "--guidance=2"])
+    told = (
+        "holds pictures that were drawn in another way (seed: 0 there, 1 here; guidance: 1.0 there, 2.0 here); choose"
+    )
+    assert told in capsys.readouterr().err and pictures(out) == before
+    main([*SAMPLE, "--num=2", "--out", str(out), "--seed=1", "--overwrite"])
+    assert pictures(out).keys() == {"00000.png", "00001.png", "sample.json"}
+    assert json.loads((out / "sample.json").read_text())["seed"] == 1
+    (out / "sample.json").unlink()
+    with pytest.raises(SystemExit):
+        main([*SAMPLE, "--num=2", "--out", str(out), "--seed=1"])
+    assert "already holds pictures; choose another folder or pass --overwrite" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_is_drawn_of_a_billion_images(tmp_path):
+    """The first pictures come at once, though nobody could wait for the last."""
+    command = [sys.executable, "-m", "deco_jax", *SAMPLE, "--num=1000000000", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "float32" in process.stdout.readline() and "at most 192GB" in process.stdout.readline()
+    while not any(tmp_path.glob("*.png")):
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    count = len(list(tmp_path.glob("*.png")))
+    assert process.returncode == 130 and "Traceback" not in err
+    told = re.search(rf"Stopped; ([\d,]+) of 1,000,000,000 images are in {tmp_path}. The same command goes on.", out)
+    assert count - int(told[1].replace(",", "")) in (0, 1), "the signal may come between writing and counting"
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_pictures_in_a_bucket(bucket, tmp_path, monkeypatch):
+    """With one request in ten failing; and nothing is written beside the address, as ./gs:/bucket."""
+    monkeypatch.chdir(tmp_path)
+    main([*SAMPLE, "--num=3", f"--out={bucket.url}/drawn"])
+    bucket.faults(share=0.1)
+    main([*SAMPLE, "--num=5", f"--out={bucket.url}/drawn"])
+    bucket.faults()
+    main([*SAMPLE, "--num=5", "--out=here"])
+    there, here = to_path(f"{bucket.url}/drawn"), tmp_path / "here"
+    assert [p.name for p in tmp_path.iterdir()] == ["here"]
+    assert sorted(p.name for p in there.iterdir()) == sorted(p.name for p in here.iterdir())
+    for name in ("00003.png", "00004.png", "grid.png"):
+        (tmp_path / "copy.png").write_bytes((there / name).read_bytes())
+        a, b = (np.asarray(Image.open(file)).astype(int) for file in (tmp_path / "copy.png", here / name))
+        assert np.abs(a - b).max() <= 1, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--guidance=-1"], "guidance=-1.0 must be a finite number, 0 or more; 1 is none"),
+        (["--num=3000000000"], "--num=3000000000 must be at least 1, and at most 2147483647"),
+        (["--out=/proc/none"], "/proc/none/sample.json cannot be written"),
+        (["--out=ftp://host/out"], "ftp://host/out is no address that can be read"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_compiled(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(module, "generate", lambda *_: pytest.fail("was sampled"))
+    with pytest.raises(SystemExit) as caught:
+        main([*SAMPLE, "--num=1", f"--out={tmp_path}/out", *arguments])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert caught.value.code == 2 and message in line
+
+
+@pytest.mark.parametrize("name", ["nothere", "readonly"])
+def test_buckets_that_take_nothing_are_one_line(bucket, capsys, monkeypatch, name):
+    monkeypatch.setattr(module, "generate", lambda *_: pytest.fail("was sampled"))
+    with pytest.raises(SystemExit) as caught:
+        main([*SAMPLE, "--num=1", f"--out=gs://{name}/out"])
+    assert caught.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("deco: error")]
+    assert f"gs://{name}/out/sample.json cannot be written: " in line

@@ -204,10 +204,9 @@ def test_nothing_is_lost_when_writing_fails(workdir, tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(module.folder, "save_file", full_disk)
-    with pytest.raises(OSError):
-        convert(workdir, str(file), force=True)
-    with pytest.raises(OSError):
-        convert(workdir, str(tmp_path / "hf"), kind="huggingface")
+    for name, kind in (("x.safetensors", None), ("hf", "huggingface")):
+        with pytest.raises(UsageError, match=f"{name} cannot be written: No space left on device"):
+            convert(workdir, str(tmp_path / name), kind=kind, force=True)
     assert file.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
@@ -303,7 +302,12 @@ def test_networks_that_cannot_run_yet_are_recognised_and_named(tmp_path):
     [
         (["nothing.ckpt", "x"], "nothing.ckpt does not exist"),
         ([LIGHTNING, "x", "--format=onnx"], "--format=onnx is not known; allowed: checkpoint, safetensors"),
-        ([LIGHTNING, "gs://bucket/x"], "gs://bucket/x is no path"),
+        ([LIGHTNING, "ftp://host/x"], "ftp://host/x is no address that can be read; allowed: gs://, s3://"),
+        (
+            [LIGHTNING, "x.onnx"],
+            "x.onnx: nothing is written as .onnx; allowed: .safetensors, .ckpt, .pt, .pth, or a fold",
+        ),
+        ([LIGHTNING, "x.pt", "--format=huggingface"], "x.pt would hold a huggingface, but its ending .pt says pt"),
         ([LIGHTNING, "x", "--weights=both"], "--weights=both is not known"),
         ([LIGHTNING, "x.safetensors", "--train-state"], "--train-state needs a checkpoint or .ckpt as target"),
     ],

@@ -22,7 +22,7 @@ from deco_jax.weights.files import open_weights
 from tests.helpers import Golden, relative_error
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-TARGETS = {"run": "checkpoint", "x.safetensors": "safetensors", "x.ckpt": "ckpt", "hf": "huggingface"}
+TARGETS = {"run": "checkpoint", "x.safetensors": "safetensors", "x.ckpt": "ckpt", "x.pt": "pt", "hf": "huggingface"}
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_every_format_carries_it(foreign, tmp_path, prediction):
     expected = out if prediction == "velocity" else (out - x) / np.maximum(1 - t, 0.05)
     main(["convert", foreign, str(tmp_path / "run"), "--prediction", prediction])
     for name, kind in TARGETS.items():
-        if kind == "ckpt":
+        if kind in ("ckpt", "pt"):
             pytest.importorskip("torch", reason="needs the extra `torch`")
         if kind != "checkpoint":
             convert(str(tmp_path / "run"), str(tmp_path / name), kind=kind)
@@ -146,7 +146,7 @@ def test_a_deco_of_velocities_is_described_as_pytorchs_takes_it(tmp_path):
 def test_a_run_starts_from_and_resumes_only_what_predicts_the_same(tmp_path):
     run, config = new_run(tmp_path, kind="baseline", prediction="image")
     config.train.init_from = run
-    folder, step = find_weights(config)
+    folder, step = find_weights(config).checkpoint
     saved = store.read_meta(folder, step) | {"weights_only": False}
     check_resumable(saved, store.make_meta(config, "digits", 1, ""), folder)
     config.model.prediction = "velocity"
@@ -165,13 +165,15 @@ def test_a_checkpoint_from_before_there_was_a_choice_predicts_velocities(tmp_pat
     for field in ("prediction", "decoder_patch", "decoder_interaction"):
         del meta["config"]["model"][field]
     file.write_text(json.dumps(meta))
+    for checksums in (folder / str(step)).glob("checksums.*"):
+        checksums.unlink()  # nor were there any
     assert "prediction" not in store.read_meta(folder, step)["config"]["model"], "the file is another"
     model, _ = deco_jax.load_pretrained(run)
     assert (model.prediction, model.decoder_patch, model.decoder_interaction) == ("velocity", 1, "adaln")
     with pytest.raises(UsageError, match="predicts velocity, not image"):
         deco_jax.load_pretrained(run, prediction="image")
     config.train.init_from = run
-    assert find_weights(config) == (folder, step)
+    assert find_weights(config).checkpoint == (folder, step)
     config.model.prediction = "image"
     with pytest.raises(UsageError, match="model.prediction: velocity there, image here"):
         find_weights(config)

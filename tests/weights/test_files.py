@@ -207,11 +207,6 @@ def test_a_folder_with_one_file_or_unclear(tmp_path):
         open_weights(tmp_path)
 
 
-def test_buckets_are_named():
-    with pytest.raises(UsageError, match="local disks"):
-        open_weights("gs://bucket/model.safetensors")
-
-
 # State dicts inside checkpoints
 
 
