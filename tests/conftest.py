@@ -47,6 +47,7 @@ SLOW = (
     "test_cli",
     "test_loop",
     "test_before_redesign",
+    "test_bucket",
     "test_resume",
     "test_equivalence",
     "test_plan",
