@@ -148,7 +148,8 @@ class Checkpoints:
             time.sleep(0.1)
         folder = self.folder / str(step)
         try:
-            if is_complete(folder):  # else an error, which the next `wait` raises
+            # A network folder may show late what process 0 has renamed. Else an error, which the next `wait` raises.
+            if is_complete(folder) or (jax.process_index() and wait_until(lambda: is_complete(folder))):
                 seconds = time.monotonic() - started
                 size = checksums.note(folder, jax.process_index(), jax.process_count())
                 self._news.put(f"Saved: {folder} ({size / 1e6:.1f} MB, {seconds:.1f} s).")
@@ -277,6 +278,22 @@ def read_config(folder: AnyPath, step: int) -> ConfigDict:
       UsageError: see `restore_config`.
     """
     return restore_config(read_meta(folder, step), folder / str(step))
+
+
+def newest_config(workdir: AnyPath) -> ConfigDict | None:
+    """The configuration of the newest complete checkpoint of which it can be read; None if there is none.
+
+    Raises:
+      TransientError: the storage fails.
+      UsageError: the bucket may not be read.
+    """
+    folder = workdir / FOLDER
+    with reading(workdir):
+        steps = sorted((int(p.name) for p in _step_folders(folder) if is_complete(p)), reverse=True)
+    for step in steps:
+        with contextlib.suppress(UsageError):  # what is wrong is said when it is to be resumed
+            return read_config(folder, step)
+    return None
 
 
 def frozen_digests(meta: Mapping[str, Any]) -> dict[str, str]:

@@ -82,8 +82,9 @@ FIELDS: dict[str, Field] = {
     "data.workers": free(8, "processes that read and decode, per process of the run; 0 = in that process", low=0),
     "data.max_bad_records": free(100, "unreadable images that are skipped before the run stops", low=0),
     "data.max_bad_share": free(0.1, "the same as a share of all images; the lower limit holds", low=0, high=1),
-    "data.orient": free(True, "turn images as their EXIF orientation says; upstream's loader does not"),
-    "data.background": free("white", 'colour behind transparent pixels, a name or "#rrggbb"; "" = transparency is '
+    # A run keeps these two as it began with them (training/start.keep_decoding).
+    "data.orient": Field(True, "turn images as their EXIF orientation says; upstream's loader does not"),
+    "data.background": Field("white", 'colour behind transparent pixels, a name or "#rrggbb"; "" = transparency is '
                             "dropped, as upstream's loader does"),
 
     # Flow matching: at which times, and how often without the label.

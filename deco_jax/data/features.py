@@ -16,6 +16,7 @@ import json
 import math
 
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from deco_jax import storage
@@ -27,6 +28,7 @@ from deco_jax.storage import AnyPath
 VERSION = 1  # of the format
 COMPLETE, PARTIAL = "features.json", "features.partial.json"
 LONGEST_HEADER = 4096  # bytes of a file that are looked at; the header takes 128
+UNKNOWN = "unknown"
 OLD_DECODING = "not turned, transparency dropped (data.orient=False data.background='')"
 
 
@@ -43,7 +45,7 @@ class Contents:
     patch: int  # pixels along the side that a token stands for
     teacher: str  # hash of its weights
     version: int = VERSION
-    decoding: str = ""  # of the source: how its files became images; the oldest folders do not say it, and mean ""
+    decoding: str = ""  # of the source: how its files became images; UNKNOWN in the oldest folders
 
     @property
     def files(self) -> int:
@@ -93,7 +95,7 @@ def read_contents(folder: AnyPath) -> tuple[Contents, list[int], bool] | None:
             "prepare into another folder."
         )
     kinds, bad = {field.name: field.type for field in dataclasses.fields(Contents)}, values.get("bad", [])
-    values.setdefault("decoding", "")
+    values.setdefault("decoding", UNKNOWN)
     fields = {name: values.get(name) for name in kinds}
     wrong = [k for k, value in fields.items() if type(value) is not kinds[k] or (kinds[k] is int and value < 1)]
     if type(bad) is not list or not all(type(record) is int for record in bad):
@@ -181,7 +183,13 @@ def open_features(config: ConfigDict, source: Source) -> StoredFeatures:
             f"{name} holds features of other images, labels or another order: of {contents.records} records of "
             f"{contents.identity!r}; the data are {len(source)} of {source.identity!r}. Prepare into another folder."
         )
-    if contents.decoding != source.decoding:
+    if contents.decoding == UNKNOWN and source.decoding:
+        logging.warning(
+            "%s does not say how its images were decoded. Of those with an EXIF orientation or transparency, if there "
+            "are any, the features are of other pixels; data.orient=False data.background='' trains as they are.",
+            name,
+        )
+    elif contents.decoding not in (source.decoding, UNKNOWN):
         raise UsageError(
             f"{name} was made of images decoded otherwise: {contents.decoding or OLD_DECODING} there, "
             f"{source.decoding or OLD_DECODING} here. Set data.orient and data.background as they were, or prepare "

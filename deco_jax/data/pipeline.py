@@ -69,7 +69,7 @@ class LoadShare(grain.transforms.Map):
             try:
                 row = {**self.source.load(record), "bad": np.int32(-1 if offset == 0 else index)}
                 return row if self.features is None else row | {"features": self.features[record]}
-            except (TransientError, UsageError):  # say nothing about the record
+            except (TransientError, UsageError, MemoryError):  # say nothing about the record
                 self.ended.append(True)  # threads that read ahead, which are joined, would try for minutes as well
                 raise
             except Exception as error:  # whatever a decoder throws at a broken file

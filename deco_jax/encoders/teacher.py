@@ -7,6 +7,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+import time
 
 import jax
 import jax.numpy as jnp
@@ -104,10 +105,11 @@ def find_weights(weights: str, cache: str) -> pathlib.Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", weights) or given.suffix in (".pth", ".pt", ".safetensors"):
         raise UsageError(f"{problem}. {WHERE}")
     lock = pathlib.Path(tempfile.gettempdir(), f"deco_jax_{os.getuid()}", f"{cached}".replace("/", "_"))
+    what, end = f"downloading {weights} from Hugging Face", time.monotonic() + storage.patience()
     try:
         with storage.host_lock(lock):  # the first process of a machine downloads, the others wait
             if not _exists(cached):
-                storage.retried(f"downloading {weights} from Hugging Face", lambda: _download(weights, cached))
+                storage.retried(what, lambda: _download(weights, cached), end - time.monotonic())
     except TransientError as error:
         raise TransientError(f"{problem}, and {error}. {WHERE}") from error
     except Exception as error:  # of a library that reports a wrong name in many ways

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -150,7 +151,7 @@ def generate_to_folder(
     progress, shown = jobs.Progress(num, "image", there), {}
     waiting: collections.deque[concurrent.futures.Future] = collections.deque()
     try:
-        with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool:
+        with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool, _dropped_at_errors(pool):
             for i, image in zip(_missing(num, done), images, strict=True):
                 waiting.append(pool.submit(_write, image, folder / _name(i)))
                 there += 1
@@ -170,6 +171,16 @@ def generate_to_folder(
     first = [shown[i] if i in shown else _read(folder / _name(i)) for i in range(min(num, GRID_IMAGES))]
     save_png(_grid_by_label(np.stack(first), len(chosen)), folder / "grid.png")
     print(f"{num} images and grid.png are in {folder}.")
+
+
+@contextlib.contextmanager
+def _dropped_at_errors(pool: concurrent.futures.Executor) -> Iterator[None]:
+    """Within it, an error drops what nobody has begun to write: storage that fails would fail each for minutes."""
+    try:
+        yield
+    except Exception:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 def _assumed(found: Pretrained, name: str) -> str:

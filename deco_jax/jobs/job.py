@@ -70,6 +70,7 @@ class Job:
     def check(self) -> None:
         """Raises TransientError if another run has taken the folder over."""
         if self.held is not None and self.held.lost:
+            self.closing.pop_all()  # would write into the other run's folder
             raise TransientError(f"{self.name}: {self.held.lost}")
 
     def say(self, text: str) -> None:

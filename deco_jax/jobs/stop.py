@@ -69,6 +69,7 @@ def _metadata_host() -> str:
 
 def _watch(host: str, name: str, bad: str, request: StopRequest, ended: threading.Event) -> None:
     """Raises the flag once the answer is the bad one. A server that does not know the question is not asked again."""
+    first = True  # a maintenance that stands in the first answer was the reason for this start, and may be an hour away
     seen = "0"  # the mark of the answer; the server answers at once if it has another one by now
     while not ended.is_set():
         url = f"http://{host}/computeMetadata/v1/{name}?wait_for_change=true&timeout_sec={WAIT}&last_etag={seen}"
@@ -81,7 +82,8 @@ def _watch(host: str, name: str, bad: str, request: StopRequest, ended: threadin
                 return
             ended.wait(PAUSE)
             continue
-        if value == bad and not ended.is_set():
+        standing, first = first and name == "instance/maintenance-event", False
+        if value == bad and not ended.is_set() and not standing:
             if not request:
                 request.by, request.notice = f"the machine's notice {name.rpartition('/')[2]}", True
             return

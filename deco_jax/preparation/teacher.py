@@ -19,7 +19,16 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from deco_jax import storage
-from deco_jax.data.features import COMPLETE, PARTIAL, Contents, bad_file, features_file, missing_files, read_contents
+from deco_jax.data.features import (
+    COMPLETE,
+    PARTIAL,
+    UNKNOWN,
+    Contents,
+    bad_file,
+    features_file,
+    missing_files,
+    read_contents,
+)
 from deco_jax.data.pipeline import BadRecords, Batch, read_ahead
 from deco_jax.data.sources import Source, open_source
 from deco_jax.diffusion.flow import to_float
@@ -131,9 +140,12 @@ def _is_of(folder: AnyPath, contents: Contents) -> bool:
             raise UsageError(f"--out={folder} holds features, and nothing that says of what; choose another folder.")
         return False
     there, ours = dataclasses.asdict(said[0]), dataclasses.asdict(contents)
+    if there["decoding"] == UNKNOWN:  # a version that knew one way; what is complete stays, and training warns
+        there["decoding"] = ours["decoding"] if said[2] else ""
     different = "; ".join(f"{k}: {there[k]} there, {ours[k]} here" for k in ours if there[k] != ours[k])
+    how = "" if there["decoding"] == ours["decoding"] else ", or set data.orient and data.background as they were"
     if different:
-        raise UsageError(f"--out={folder} holds features of something else: {different}. Choose another folder.")
+        raise UsageError(f"--out={folder} holds features of something else: {different}. Choose another folder{how}.")
     return True
 
 
@@ -197,7 +209,7 @@ class LoadRecords(grain.transforms.Map):
             try:
                 if record >= 0:
                     images[row] = self.source.load(record)["image"]
-            except (TransientError, UsageError):  # say nothing about the record
+            except (TransientError, UsageError, MemoryError):  # say nothing about the record
                 raise
             except Exception:  # whatever a decoder throws at a broken file
                 bad[row] = record

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import pathlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,8 +21,8 @@ from absl import logging
 
 from deco_jax.errors import UsageError
 from deco_jax.storage.paths import AnyPath, is_remote
-from deco_jax.storage.retry import retried
-from deco_jax.storage.writing import reading, write_beside
+from deco_jax.storage.retry import patience, retried
+from deco_jax.storage.writing import reading, write_beside, writing
 
 CACHE = "~/.cache/deco_jax/buckets"
 THREADS = 8  # files that are copied at a time
@@ -45,13 +46,14 @@ def local_copy(path: AnyPath) -> pathlib.Path:
     told = [(name, *(str(info.get(key)) for key in VERSION)) for name, info in sorted(found.items())]
     key = hashlib.sha256(repr((os.fspath(path), told)).encode()).hexdigest()[:24]
     copy = pathlib.Path(CACHE).expanduser() / key / path.name
-    with host_lock(copy.parent), reading(path):
+    end = time.monotonic() + patience()  # also for those that wait while another process tries
+    with reading(path), host_lock(copy.parent):
         if copy.exists():
             return copy
         logging.info("Copying %s (%.1f MB) to %s.", path, sum(info["size"] for info in found.values()) / 1e6, copy)
         with write_beside(copy) as draft, concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
             copies = [
-                pool.submit(_copy, files, info, draft / name.removeprefix(inside).strip("/"))
+                pool.submit(_copy, files, info, draft / name.removeprefix(inside).strip("/"), end)
                 for name, info in found.items()
             ]
             for one in copies:
@@ -63,7 +65,8 @@ def local_copy(path: AnyPath) -> pathlib.Path:
 def host_lock(path: pathlib.Path) -> Iterator[None]:
     """Within it, no other process of this machine is in one for the same `path`; waits for it. It uses `path`.lock."""
     lock = path.with_name(f"{path.name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    with writing(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -74,7 +77,7 @@ def host_lock(path: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def _copy(files: fsspec.AbstractFileSystem, info: dict[str, Any], target: pathlib.Path) -> None:
+def _copy(files: fsspec.AbstractFileSystem, info: dict[str, Any], target: pathlib.Path, end: float) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
 
     def copy() -> None:
@@ -82,7 +85,7 @@ def _copy(files: fsspec.AbstractFileSystem, info: dict[str, Any], target: pathli
         if damage := _damage(target, info):
             raise ConnectionError(f"what arrived is damaged: {damage}")
 
-    retried(f"reading {info['name']}", copy)
+    retried(f"reading {info['name']}", copy, end - time.monotonic())
 
 
 def _damage(file: pathlib.Path, info: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ from etils import epath
 from deco_jax.errors import TransientError, UsageError
 from deco_jax.storage.paths import AnyPath, is_remote
 from deco_jax.storage.retry import retried
-from deco_jax.storage.writing import writing
+from deco_jax.storage.writing import write_bytes, writing
 
 FOLDER = ".lease"
 RENEW, DEAD, POLL = 20.0, 90.0, 2.0  # seconds
@@ -50,7 +50,8 @@ class Lease:
     def write(self) -> None:
         """Claims, or renews the claim."""
         self.content["renewals"] += 1
-        retried(f"writing {self.path}", lambda: self.path.write_bytes(json.dumps(self.content, indent=1).encode()))
+        content = json.dumps(self.content, indent=1).encode()
+        retried(f"writing {self.path}", lambda: write_bytes(self.path, content))  # nobody may see half of it
 
     def remove(self) -> None:
         """Gives the claim up."""

@@ -24,7 +24,7 @@ ERRNOS = {  # that every Unix has
     errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EPIPE, errno.ENOTCONN, errno.ENOLINK,
     errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.ESHUTDOWN,
     errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH,
-    errno.EMFILE, errno.ENFILE, errno.ENOBUFS,
+    errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM,
 }
 # fmt: on
 STATUSES = {408, 425, 429, *range(500, 505)}  # of HTTP
@@ -39,7 +39,11 @@ WORDS = re.compile(
 
 def patience() -> float:
     """For how many seconds something is tried again: the environment variable DECO_RETRY_SECONDS, or 300."""
-    return float(os.environ.get("DECO_RETRY_SECONDS", 300))
+    text = os.environ.get("DECO_RETRY_SECONDS", "300")
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UsageError(f"DECO_RETRY_SECONDS={text} must be a number of seconds.") from error
 
 
 def is_transient(error: BaseException) -> bool:

@@ -42,6 +42,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     """
     with open_job("--workdir", workdir) as job:
         folder = job.folder
+        config, kept = start.keep_decoding(config, folder)
         _use_compilation_cache(config, folder)
         clock = Clock()
         with clock.phase("init"):
@@ -71,6 +72,8 @@ def train(config: ConfigDict, workdir: str) -> None:
         if job.first:
             storage.write_bytes(folder / "config.json", config.to_json_best_effort(indent=2).encode())
         job.say("\n".join([*source.summary(), start.summary(config, parts, parameters, begin)]))
+        for line in kept:
+            job.say(line)
         for change in changes:
             job.say(f"Changed since the checkpoint: {change}.")
 

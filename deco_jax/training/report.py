@@ -11,7 +11,6 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from deco_jax.errors import TransientError
 from deco_jax.jobs import Progress
 from deco_jax.parallel.hardware import peak_flops
 from deco_jax.sampling.pictures import save_png
@@ -169,5 +168,5 @@ def going_on(what: str) -> Iterator[None]:
     """Within it, an error of the system or of a bucket is a warning: `what` cannot be written."""
     try:
         yield
-    except (OSError, TransientError) as error:
+    except Exception as error:  # libraries for buckets have their own kinds
         logging.warning("%s cannot be written (%s: %s), which does not end the run.", what, type(error).__name__, error)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from deco_jax.checkpoints import store
 from deco_jax.data.features import StoredFeatures, open_features
 from deco_jax.data.pipeline import fingerprint
 from deco_jax.data.sources import Source, open_source
@@ -21,6 +23,7 @@ from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel import processes
 from deco_jax.parallel.mesh import Layout
 from deco_jax.pretrained.load import Pretrained, open_pretrained
+from deco_jax.storage import AnyPath
 from deco_jax.training.overview import parameter_table
 from deco_jax.training.state import TrainState
 from deco_jax.training.step import TrainStep, make_train_step
@@ -62,6 +65,25 @@ def open_parts(config: ConfigDict) -> Parts:
     train_step = make_train_step(config, [weights.network for weights in frozen])
     train_step.network.condition.check_data(source.condition)
     return Parts(layout, source, train_step, frozen, features, fingerprint(config.data, config.seed, source))
+
+
+def keep_decoding(config: ConfigDict, workdir: AnyPath) -> tuple[ConfigDict, list[str]]:
+    """The configuration, with which a run that has a checkpoint decodes images as it began; and lines on what changed.
+
+    So the same command goes on with the same pixels, also in the workdir of a version with other defaults.
+    """
+
+    def look() -> str:
+        began = None if jax.process_index() else store.newest_config(workdir)
+        return "" if began is None else json.dumps([began.data.orient, began.data.background])
+
+    said = processes.broadcast(processes.agree(look))
+    config, lines = config.copy_and_resolve_references(), []
+    for field, value in zip(("orient", "background"), json.loads(said) if said else (), strict=bool(said)):
+        if config.data[field] != value:
+            lines.append(f"data.{field} stays {value!r}, as this run began; {config.data[field]!r} is for new runs.")
+            config.data[field] = value
+    return config, lines
 
 
 def check_processes_agree(config: ConfigDict, parts: Parts) -> None:
@@ -146,7 +168,7 @@ def first_state(
     of ours that align to features of the same size.
 
     Raises:
-      AgreedError: some of the weights are not finite, or cannot be read.
+      UsageError: some of the weights are not finite, or cannot be read.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     with meshes.use_mesh(layout):
@@ -155,7 +177,10 @@ def first_state(
         return state
 
     def read(which: str, like: Any) -> Any:
-        return processes.agree(lambda: weights.read(which if which in weights.sets else weights.sets[0], like))
+        which = which if which in weights.sets else weights.sets[0]
+        if weights.checkpoint is not None:  # a collective, whose failure on one process must not wait for the others
+            return weights.read(which, like)
+        return processes.agree(lambda: weights.read(which, like))
 
     params = {**state.params, "network": read("online", abstract.params["network"])}
     ours, theirs = train_step.config.loss, weights.config.loss

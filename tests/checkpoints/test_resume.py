@@ -25,8 +25,6 @@ SAFE = (
     "data.path",
     "data.max_bad_records",
     "data.max_bad_share",
-    "data.orient",
-    "data.background",
     "model.remat",
     "model.scan",
     "model.attention",

@@ -206,13 +206,13 @@ def test_features_survive_errors_that_pass(images, tmp_path, unreliable, monkeyp
 
 
 def test_features_of_images_that_were_decoded_otherwise(images, tmp_path):
-    """They would be aligned to another picture; folders of earlier versions do not say it, and mean the old way."""
+    """They would be aligned to another picture."""
     config = default_config()
     config.data, config.teacher.stored = data_config(images), str(tmp_path)
     config.model.patch_size, config.loss.alignment_features = 4, 8
     write_features(tmp_path, open_source(config.data))
     said = json.loads((tmp_path / COMPLETE).read_text())
-    del said["decoding"]
+    said["decoding"] = ""
     (tmp_path / COMPLETE).write_text(json.dumps(said))
     expected = (
         r"not turned, transparency dropped \(data.orient=False.* there, turned by EXIF, transparency on white here"
@@ -221,3 +221,19 @@ def test_features_of_images_that_were_decoded_otherwise(images, tmp_path):
         open_features(config, open_source(config.data))
     config.data.update(orient=False, background="")
     open_features(config, open_source(config.data))
+
+
+def test_features_of_earlier_versions_do_not_say_how_images_were_decoded(images, tmp_path, caplog):
+    """The command that used them goes on, with a warning where it may matter."""
+    config = default_config()
+    config.data, config.teacher.stored = data_config(images), str(tmp_path)
+    config.model.patch_size, config.loss.alignment_features = 4, 8
+    write_features(tmp_path, open_source(config.data))
+    said = json.loads((tmp_path / COMPLETE).read_text())
+    del said["decoding"]
+    (tmp_path / COMPLETE).write_text(json.dumps(said))
+    for warned, decoding in ((True, {}), (False, {"orient": False, "background": ""})):
+        caplog.clear()
+        config.data.update(decoding)
+        open_features(config, open_source(config.data))
+        assert ("does not say how its images were decoded" in caplog.text) == warned

@@ -102,6 +102,17 @@ def test_a_notice_ends_the_job_to_be_started_again(monkeypatch, tmp_path, name, 
         assert not job.finish(lambda: range(1, 10), lambda: None)
 
 
+def test_a_maintenance_that_was_told_before_the_start_does_not_end_it(monkeypatch):
+    """It may be an hour away, and was why this process was started again."""
+    answers = {"instance/preempted": "FALSE", "instance/maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
+    with metadata_server(monkeypatch, answers) as asked, stop_request() as request:
+        wait_for(lambda: asked.count("instance/maintenance-event") >= 3)
+        time.sleep(0.1)
+        assert not request
+        answers["instance/preempted"] = "TRUE"
+        wait_for(lambda: request)
+
+
 def test_a_server_that_does_not_know_is_not_asked_again(monkeypatch):
     with metadata_server(monkeypatch, {}) as asked, stop_request() as request:
         wait_for(lambda: len(asked) == 4)

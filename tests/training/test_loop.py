@@ -175,6 +175,20 @@ def test_another_run_does_not_resume(tiny_config, straight):
     assert store.find_checkpoint(str(straight))[1] == 6
 
 
+def test_a_run_keeps_how_it_decodes_images(tiny_config, tmp_path, capsys):
+    """Pixels do not change in the middle of a run: neither by another setting nor by a version's other default."""
+    tiny_config.train.update(steps=1)
+    tiny_config.data.update(orient=False, background="")
+    train(tiny_config, str(tmp_path))
+    tiny_config.train.update(steps=2)
+    tiny_config.data.update(orient=True, background="white")
+    train(tiny_config, str(tmp_path))
+    assert "data.orient stays False, as this run began; True is for new runs." in capsys.readouterr().out
+    assert tiny_config.data.orient, "it is the caller's"
+    saved = store.newest_config(tmp_path)
+    assert (saved.train.steps, saved.data.orient, saved.data.background) == (2, False, "")
+
+
 def test_both_sets_of_weights_load(straight):
     """From the workdir and from one checkpoint in it."""
     model, ema = deco_jax.load_pretrained(str(straight))
