@@ -128,6 +128,7 @@ class Checkpoints:
             if jax.process_count() > 1:
                 raise
             logging.warning("%s. Step %d is saved instead.", error, step)
+            self.manager.reload()  # it has forgotten what lies there
         with _transient_told(f"saving {self.folder / str(step)}"):
             started = time.monotonic()
             self.manager.save(
@@ -166,20 +167,15 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         """What `save` was given beside the state."""
-        with _readable(self.folder / str(step)):
-            return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        return read_meta(self.folder, step)
 
     def position(self, step: int) -> int:
         """How many global batches the run had consumed."""
-        return self._data(step)["batches"]
+        return _read_json(self.folder, step, "data")["batches"]
 
     def bad_records(self, step: int) -> list[int]:
         """The records that could not be read up to there, by number; empty if an older version saved it."""
-        return self._data(step).get("bad", [])
-
-    def _data(self, step: int) -> dict[str, Any]:
-        with _readable(self.folder / str(step)):
-            return self.manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore())).data
+        return _read_json(self.folder, step, "data").get("bad", [])
 
     def restore(self, step: int, abstract: Any) -> Any:
         """The TrainState, onto the devices and shardings that `abstract` (ShapeDtypeStructs) names.
@@ -267,8 +263,14 @@ def _newest_whole(folder: AnyPath, steps: list[int]) -> int:
 
 def read_meta(folder: AnyPath, step: int) -> dict[str, Any]:
     """The meta of a checkpoint found by `find_checkpoint`."""
-    with _readable(folder / str(step)), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(folder / str(step) / "meta")
+    return _read_json(folder, step, "meta")
+
+
+def _read_json(folder: AnyPath, step: int, item: str) -> dict[str, Any]:
+    """As any process may for itself: Orbax's own reading waits for all processes of the run."""
+    file = folder / str(step) / item / "metadata"
+    with _readable(folder / str(step)):
+        return json.loads(retried(f"reading {file}", file.read_text))
 
 
 def read_config(folder: AnyPath, step: int) -> ConfigDict:
@@ -280,8 +282,8 @@ def read_config(folder: AnyPath, step: int) -> ConfigDict:
     return restore_config(read_meta(folder, step), folder / str(step))
 
 
-def newest_config(workdir: AnyPath) -> ConfigDict | None:
-    """The configuration of the newest complete checkpoint of which it can be read; None if there is none.
+def newest_meta(workdir: AnyPath) -> dict[str, Any]:
+    """The meta of the newest complete checkpoint of which it can be read; {} if there is none.
 
     Raises:
       TransientError: the storage fails.
@@ -292,8 +294,8 @@ def newest_config(workdir: AnyPath) -> ConfigDict | None:
         steps = sorted((int(p.name) for p in _step_folders(folder) if is_complete(p)), reverse=True)
     for step in steps:
         with contextlib.suppress(UsageError):  # what is wrong is said when it is to be resumed
-            return read_config(folder, step)
-    return None
+            return read_meta(folder, step)
+    return {}
 
 
 def frozen_digests(meta: Mapping[str, Any]) -> dict[str, str]:

@@ -129,7 +129,10 @@ def _download(name: str, target: AnyPath) -> None:
     """A model's config.json and weights from Hugging Face to `target`, which appears when all is there and checked."""
     import huggingface_hub
 
-    known = huggingface_hub.model_info(name, files_metadata=True)
+    try:
+        known = huggingface_hub.model_info(name, files_metadata=True)
+    except huggingface_hub.errors.OfflineModeIsEnabled as error:  # a setting of the user's, which does not pass
+        raise UsageError(f"HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE')} forbids it") from error
     wanted = {file.rfilename: file for file in known.siblings if file.rfilename in ("config.json", WEIGHTS)}
     if WEIGHTS not in wanted:
         raise FileNotFoundError(f"{name} has no {WEIGHTS}")

@@ -22,6 +22,7 @@ class Bundle:
     origin: str = ""  # path of the source
     fingerprint: str | None = None  # of the data, if the source is a run of ours
     frozen: dict[str, str] = dataclasses.field(default_factory=dict)  # hashes of frozen networks, if the source says
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)  # what a checkpoint of ours knows of its images
     assumed: tuple[str, ...] = ()  # what the source does not say, see `Pretrained`
     decisive: tuple[str, ...] = ()  # fields that training on must not change, if it is not a run of ours
 

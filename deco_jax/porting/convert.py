@@ -174,6 +174,7 @@ def _read_checkpoint(found: Pretrained, wanted: Collection[str], train_state: bo
     bundle = Bundle(config, origin=source, step=step, ema=part.get("ema"), online=params.get("network"))
     bundle.fingerprint, bundle.decisive = meta["fingerprint"] or None, tuple(meta.get("decisive", ()))
     bundle.frozen = store.frozen_digests(meta) if projector else {}
+    bundle.data = {name: meta[name] for name in ("class_names", "data_contents") if name in meta}
     if train_state:
         adam = optax.tree_utils.tree_get(part["opt_state"], "ScaleByAdamState")
         keep = ("network", "projector") if projector else ("network",)
@@ -198,7 +199,7 @@ def write_checkpoint(bundle: Bundle, path: AnyPath) -> None:
         skipped = np.int32(max(bundle.step - count, 0))  # steps that updated nothing
         state = TrainState(np.int32(bundle.step), params, bundle.ema, optimizer, skipped, np.int32(0))
     meta = store.make_meta(config, bundle.fingerprint or "", bundle.parameters, __version__, bundle.frozen)
-    meta |= {"converted_from": bundle.origin, "weights_only": bundle.moments is None}
+    meta |= bundle.data | {"converted_from": bundle.origin, "weights_only": bundle.moments is None}
     meta |= {"decisive": bundle.decisive} if bundle.fingerprint is None else {}
     saved = store.Checkpoints(path, keep=1, keep_every=0)
     with tqdm(desc="checkpoint", total=1, disable=None) as bar:

@@ -141,7 +141,7 @@ def _is_of(folder: AnyPath, contents: Contents) -> bool:
         return False
     there, ours = dataclasses.asdict(said[0]), dataclasses.asdict(contents)
     if there["decoding"] == UNKNOWN:  # a version that knew one way; what is complete stays, and training warns
-        there["decoding"] = ours["decoding"] if said[2] else ""
+        there["decoding"] = ours["decoding"] if said[2] and not missing_files(folder, contents) else ""
     different = "; ".join(f"{k}: {there[k]} there, {ours[k]} here" for k in ours if there[k] != ours[k])
     how = "" if there["decoding"] == ours["decoding"] else ", or set data.orient and data.background as they were"
     if different:

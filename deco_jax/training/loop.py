@@ -92,8 +92,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         watch = Watch(bad, config.train.max_nonfinite, checkpoints, config.train.save_minutes)
         sample_grid = SampleGrids(config, train_step.network, layout)
         started_at, batches = step, pipeline.batches(config.data, config.seed, source, step, rows, features)
-        with meshes.use_mesh(layout), contextlib.closing(batches):
-            feed = Feed(batches)
+        with meshes.use_mesh(layout), contextlib.closing(Feed(batches, job.stop)) as feed:
             while True:
                 job.check()
                 reporter.tell(checkpoints.news())

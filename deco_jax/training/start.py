@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from deco_jax.checkpoints import store
+from deco_jax.config import restore_config
 from deco_jax.data.features import StoredFeatures, open_features
 from deco_jax.data.pipeline import fingerprint
 from deco_jax.data.sources import Source, open_source
@@ -74,8 +75,11 @@ def keep_decoding(config: ConfigDict, workdir: AnyPath) -> tuple[ConfigDict, lis
     """
 
     def look() -> str:
-        began = None if jax.process_index() else store.newest_config(workdir)
-        return "" if began is None else json.dumps([began.data.orient, began.data.background])
+        meta = {} if jax.process_index() else store.newest_meta(workdir)
+        if not meta or "decisive" in meta:  # converted: nobody knows
+            return ""
+        began = restore_config(meta, workdir).data
+        return json.dumps([began.orient, began.background])
 
     said = processes.broadcast(processes.agree(look))
     config, lines = config.copy_and_resolve_references(), []

@@ -303,6 +303,7 @@ def test_two_real_processes_stop_and_are_requeued(start, tmp_path):
 # The document's own example.
 
 
+@pytest.mark.slow
 def test_two_processes_as_the_document_starts_them(tmp_path):
     """Its commands as they stand there, but for the program, the workdir, the port, and how long it trains."""
     text = (ROOT / "docs/launch.md").read_text()

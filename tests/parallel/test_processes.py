@@ -87,7 +87,7 @@ def test_from_eight_devices_to_four_to_one(two, tmp_path, monkeypatch):
     assert_close(final_state(tmp_path), final_state(two / "run"))
 
 
-@pytest.mark.parametrize("preset, victim", [("fsdp", 1), ("fsdp_tensor", 0)])
+@pytest.mark.parametrize("preset, victim", [("fsdp", 1), pytest.param("fsdp_tensor", 0, marks=pytest.mark.slow)])
 def test_data_that_stop_coming_to_one_process_lose_nothing(two, tmp_path, preset, victim):
     """All save the same step and end with 75; the same command trains on the images of an undisturbed run.
 

@@ -484,6 +484,7 @@ def arrays_of(folder):
     return np.concatenate([np.load(io.BytesIO(features_file(folder, k).read_bytes())) for k in range(3)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 0)])
 def test_a_bucket_gets_the_same_features_after_a_stop(config, start, bucket, tmp_path, number, code):
     """10 % of the requests fail. Training reads them from there."""
@@ -507,6 +508,7 @@ def test_a_bucket_gets_the_same_features_after_a_stop(config, start, bucket, tmp
     np.testing.assert_array_equal(features[9], arrays_of(tmp_path / "local")[9])
 
 
+@pytest.mark.slow
 def test_two_processes_of_two_parts(config, start, tmp_path):
     """Four workers for three files: one of them has nothing to do, and waits for nobody."""
     pairs = []

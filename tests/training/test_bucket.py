@@ -31,6 +31,7 @@ def losses(workdir):
     return {line["step"]: line["loss"] for line in lines}, max(starts)
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_killed_and_goes_on(bucket, tiny_config, tmp_path):
     """To the state and losses of an undisturbed run on a disk, which has as many devices in one process."""
     (tmp_path / "disk").mkdir()

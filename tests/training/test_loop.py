@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 import deco_jax
 from deco_jax.checkpoints import store
+from deco_jax.config import restore_config
 from deco_jax.data import pipeline
 from deco_jax.errors import TransientError, UsageError
 from deco_jax.parallel import mesh as meshes
@@ -185,7 +186,7 @@ def test_a_run_keeps_how_it_decodes_images(tiny_config, tmp_path, capsys):
     train(tiny_config, str(tmp_path))
     assert "data.orient stays False, as this run began; True is for new runs." in capsys.readouterr().out
     assert tiny_config.data.orient, "it is the caller's"
-    saved = store.newest_config(tmp_path)
+    saved = restore_config(store.newest_meta(tmp_path))
     assert (saved.train.steps, saved.data.orient, saved.data.background) == (2, False, "")
 
 

@@ -1,6 +1,8 @@
 """The training step: accumulation, skipped steps, EMA, learning rate, clipping."""
 
+import contextlib
 import dataclasses
+import threading
 
 import chex
 import jax
@@ -11,8 +13,10 @@ import pytest
 from flax import linen as nn
 
 from deco_jax.errors import TransientError, UsageError
+from deco_jax.jobs import StopRequest
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel.mesh import Flag
+from deco_jax.training import feed as feeds
 from deco_jax.training.feed import Feed
 from deco_jax.training.optimizer import check_schedule, clip, learning_rate, make_optimizer
 from deco_jax.training.start import abstract_state
@@ -160,7 +164,7 @@ def test_data_that_no_longer_come_are_zeros_which_say_so():
         yield {"image": np.ones((2, 3), np.uint8), "bad": np.array([-1, 5], np.int32)}
         raise ConnectionResetError("the server is gone")
 
-    feed = Feed(batches())
+    feed = Feed(batches(), StopRequest())
     assert feed.next()["image"].all() and not feed.absent
     feed.check()
     for _ in range(2):
@@ -177,10 +181,30 @@ def test_bad_data_and_a_start_without_any_end_at_once(first, error):
             yield {"bad": np.zeros(1, np.int32)}
         raise error("no")
 
-    feed = Feed(batches())
+    feed = Feed(batches(), StopRequest())
     with pytest.raises(error):
         while True:
             feed.next()
+
+
+def test_a_process_that_is_to_stop_does_not_wait_for_data_for_long(monkeypatch):
+    """Its machine may be about to be taken away, and what was trained must be saved before."""
+    monkeypatch.setattr(feeds, "LISTEN", 0.05)
+    monkeypatch.setattr(feeds, "PATIENCE", 0.2)
+    answers, stop = threading.Event(), StopRequest()
+
+    def batches():
+        yield {"bad": np.full(1, -1, np.int32)}
+        answers.wait()
+        yield {"bad": np.full(1, -1, np.int32)}
+
+    with contextlib.closing(Feed(batches(), stop)) as feed:
+        feed.next()
+        stop.by = "SIGTERM"
+        feed.next()
+        with pytest.raises(TransientError, match="told to stop by SIGTERM while waiting"):
+            feed.check()
+    answers.set()
 
 
 def test_adamw_written_out(tiny_config):
