@@ -1,9 +1,13 @@
 """What several tests and benchmarks share: the recordings of the PyTorch system, errors, small configurations."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import runpy
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -187,3 +191,25 @@ def random_dinov2(seed=0, width=64, depth=1):
         for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma"):
             shapes[f"blocks.{i}.{name}"] = (width,)
     return {name: rng.normal(0, 0.2, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+@contextlib.contextmanager
+def programs():
+    """Yields start(*arguments, **environment) → a Python program of one device; what is left of them is killed."""
+    started = []
+
+    def start(*arguments, **environment):
+        process = subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

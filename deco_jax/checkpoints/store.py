@@ -304,11 +304,6 @@ def frozen_digests(meta: Mapping[str, Any]) -> dict[str, str]:
     return meta.get("frozen", {"teacher": teacher} if teacher else {})
 
 
-def class_names(meta: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the classes, by label; empty if the data had none or an older version saved it."""
-    return tuple(meta.get("class_names", ()))
-
-
 def make_meta(
     config: ConfigDict,
     fingerprint: str,

@@ -1,12 +1,9 @@
 """A job goes on after any end, is held by one run, shared by many, and says by its exit code what happened."""
 
 import json
-import os
 import pathlib
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,6 +11,7 @@ import pytest
 from deco_jax import storage
 from deco_jax.errors import TransientError, UsageError
 from deco_jax.jobs import find_part, open_job
+from tests.helpers import programs
 
 SQUARES = str(pathlib.Path(__file__).parent / "squares.py")
 
@@ -21,23 +19,8 @@ SQUARES = str(pathlib.Path(__file__).parent / "squares.py")
 @pytest.fixture
 def start():
     """Starts the job of squares.py; kills what is left of it."""
-    started = []
-
-    def start(*arguments, **environment):
-        process = subprocess.Popen(
-            [sys.executable, SQUARES, *map(str, arguments)],
-            env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", "DECO_RETRY_SECONDS": "30", **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+    with programs() as run:
+        yield lambda *arguments, **environment: run(SQUARES, *arguments, **{"DECO_RETRY_SECONDS": "30"} | environment)
 
 
 def start_two(start, *arguments):

@@ -3,13 +3,11 @@
 import io
 import itertools
 import json
-import os
 import pathlib
 import pickle
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import time
 
@@ -30,7 +28,7 @@ from deco_jax.encoders.teacher import load_teacher
 from deco_jax.errors import TransientError, UsageError
 from deco_jax.preparation import teacher as prepare
 from deco_jax.preparation.teacher import prepare_teacher
-from tests.helpers import random_dinov2
+from tests.helpers import programs, random_dinov2
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 TOKENS, WIDTH = 4, 64  # of images of 32² and the teacher here
@@ -446,24 +444,15 @@ def write_config(path, config):
 @pytest.fixture
 def start(config, tmp_path):
     """Starts `deco prepare` with small files, every batch of which takes a while."""
-    file, started = write_config(tmp_path / "run.py", config), []
+    file = write_config(tmp_path / "run.py", config)
+    with programs() as run:
 
-    def start(out, seconds=0.0, *arguments, **environment):
-        command = [sys.executable, str(pathlib.Path(__file__).parent / "slow_deco.py"), "prepare", f"--config={file}"]
-        process = subprocess.Popen(
-            [*command, "--teacher", f"--out={out}", "--batch-size=2", *arguments],
-            env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", "DECO_TEST_SECONDS": str(seconds), **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        started.append(process)
-        return process
+        def start(out, seconds=0.0, *arguments, **environment):
+            command = [pathlib.Path(__file__).parent / "slow_deco.py", "prepare", f"--config={file}", "--teacher"]
+            command += [f"--out={out}", "--batch-size=2", *arguments]
+            return run(*command, **{"DECO_TEST_SECONDS": str(seconds)} | environment)
 
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+        yield start
 
 
 def end_of(process):

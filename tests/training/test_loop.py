@@ -105,7 +105,7 @@ def test_a_run_says_what_it_trains_on_and_what_it_has_saved(tiny_config, tmp_pat
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "Images: 5,000 in 10 classes: 0 0, 1 1, 2 2, …, 9 9."
     assert [line for line in said if re.fullmatch(rf"Saved: {tmp_path}/checkpoints/2 \(0.\d MB, \d+.\d s\).", line)]
-    assert store.class_names(store.read_meta(*store.find_checkpoint(str(tmp_path)))) == tuple("0123456789")
+    assert store.read_meta(*store.find_checkpoint(str(tmp_path)))["class_names"] == list("0123456789")
 
 
 def test_a_longer_run_goes_on_if_no_rate_that_was_changes_or_if_told_so(tiny_config, tmp_path, capsys):
