@@ -40,10 +40,10 @@ from deco_jax.config import build_model, check_config, default_config
 from deco_jax.data.sources import Digits, open_source
 from deco_jax.diffusion.flow import to_uint8
 from deco_jax.errors import UsageError
-from deco_jax.evaluation.frechet import Moments, frechet_distance
-from deco_jax.evaluation.generate import generate
 from deco_jax.evaluation.spectra import measure_spectra
 from deco_jax.evaluation.spectra_report import Spectra, require_matplotlib, write_spectra
+from deco_jax.generation.batches import generate
+from deco_jax.metrics.frechet import Moments, frechet_distance
 from deco_jax.models.build import parameter_shapes
 from deco_jax.models.flops import forward_flops
 from deco_jax.pretrained.load import load_pretrained

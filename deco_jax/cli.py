@@ -16,6 +16,9 @@ from typing import Any
 
 from deco_jax.errors import BrokenRun, TransientError, UsageError
 
+SOURCE = "workdir, checkpoint, .ckpt, .pt, .pth, .safetensors or Hugging Face folder"
+HEARTBEAT_TIMEOUT = 100  # seconds of silence after which a process counts as dead, in commands without a configuration
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `deco` and `python -m deco_jax`."""
@@ -64,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     """All commands and their flags."""
     parser = argparse.ArgumentParser(prog="deco", description="DeCo: frequency-decoupled pixel diffusion in JAX.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_prepare, _add_train, _add_sample, _add_spectra, _add_plan, _add_convert):
+    for add in COMMANDS:
         add(commands)
     return parser
 
@@ -83,6 +86,13 @@ def _call_with_config(overrides: list[str], function: str, config: str, **argume
     load(function)(config=settings, **arguments)
 
 
+def _call_as_process(_: list[str], function: str, **arguments: Any) -> None:
+    """Runs a function with the flags' values, maybe as one process of several."""
+    load("deco_jax.parallel.hardware:skip_absent_accelerators")()
+    load("deco_jax.parallel.processes:initialize")(HEARTBEAT_TIMEOUT)
+    load(function)(**arguments)
+
+
 def _plan(overrides: list[str], function: str, as_json: bool, **arguments: Any) -> None:
     """Prints what a plan finds; exits with 1 if the run does not fit."""
     import jax
@@ -92,6 +102,14 @@ def _plan(overrides: list[str], function: str, as_json: bool, **arguments: Any) 
     print(json.dumps(report, indent=2) if as_json else load("deco_jax.planning.report:to_text")(report))
     if report["fits"] is False:
         sys.exit(1)
+
+
+def _stats(overrides: list[str], function: str, config: str | None, **arguments: Any) -> None:
+    """Runs the statistics of images, or of the data of a configuration."""
+    if overrides and config is None:
+        raise UsageError(f"unrecognized arguments: {' '.join(overrides)}")
+    settings = None if config is None else load("deco_jax.config:load_config")(config, overrides)
+    _call_as_process([], function, config=settings, **arguments)
 
 
 def load(path: str) -> Callable[..., Any]:
@@ -128,6 +146,30 @@ def _add_drawing(
     parser.add_argument("--overwrite", action="store_true", help=f"replace {files} already in --out")
 
 
+def _add_labels(parser: argparse.ArgumentParser) -> None:
+    text = 'as in "0,5-9,golden retriever,null"; image i shows label i modulo their number (default: all)'
+    parser.add_argument("--labels", default="all", help=text)
+
+
+def _add_part(parser: argparse.ArgumentParser) -> None:
+    text = "of several that run independently and share --out, from 0/N on (default: as a SLURM array says, else all)"
+    parser.add_argument("--part", metavar="I/N", help=text)
+
+
+def _add_sampler(parser: argparse.ArgumentParser) -> None:
+    """The settings of a sampler, by default those of the network's run."""
+    trained = "(default: as the run's configuration says)"
+    text = f"pixels, one number for squares or HEIGHTxWIDTH {trained}"
+    parser.add_argument("--image-size", metavar="SIZE", help=text)
+    text = f"euler, euler_sde, heun, heun_exact, adams1, … adams4 {trained}"
+    parser.add_argument("--solver", metavar="NAME", help=text)
+    parser.add_argument("--steps", type=int, help=f"of the solver {trained}")
+    parser.add_argument("--guidance", type=float, help=f"classifier-free guidance, 1 = none {trained}")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=trained)
+    parser.add_argument("--shift", type=float, help=f"time shift, above 1 = more steps near noise {trained}")
+    parser.add_argument("--last", type=float, help=f"length of the last step before the shift, 0 = 1/steps {trained}")
+
+
 def _add_prepare(commands: Any) -> None:
     text = "Compute and store what never changes about the images."
     function = "deco_jax.preparation.teacher:prepare_teacher"
@@ -137,8 +179,7 @@ def _add_prepare(commands: Any) -> None:
     parser.add_argument("--teacher", **chosen, required=True, help="prepare its features")
     parser.add_argument("--out", required=True, metavar="DIR", help="of the features; continued if it holds some")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time, on each process (default: 64)")
-    text = "of several that run independently and share --out, from 0/N on (default: as a SLURM array says, else all)"
-    parser.add_argument("--part", metavar="I/N", help=text)
+    _add_part(parser)
 
 
 def _add_train(commands: Any) -> None:
@@ -151,7 +192,7 @@ def _add_train(commands: Any) -> None:
 
 def _add_sample(commands: Any) -> None:
     text = "Draw images from a trained network."
-    parser = _add_command(commands, "sample", _call, "deco_jax.evaluation.generate:generate_to_folder", text)
+    parser = _add_command(commands, "sample", _call, "deco_jax.generation.folder:generate_to_folder", text)
     source = parser.add_mutually_exclusive_group(required=True)
     text = "of `deco train`; its newest checkpoint is used"
     source.add_argument("--workdir", dest="source", metavar="DIR", help=text)
@@ -160,23 +201,98 @@ def _add_sample(commands: Any) -> None:
     seed = "image i depends on the seed and i alone"
     out = "grid.png and one PNG per image; continued if it holds some of the same"
     _add_drawing(parser, 64, out=out, files="pictures", num="images", seed=seed)
-    text = "as in 0,1,5-9,null; image i shows label i modulo their number (default: all)"
-    parser.add_argument("--labels", default="all", help=text)
-    trained = "(default: as the run's configuration says)"
-    parser.add_argument("--image-size", type=int, help=f"pixels along a side {trained}")
-    parser.add_argument("--steps", type=int, help=f"of the solver {trained}")
-    parser.add_argument("--guidance", type=float, help=f"classifier-free guidance, 1 = none {trained}")
-    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=trained)
-    parser.add_argument("--shift", type=float, help=f"time shift, above 1 = more steps near noise {trained}")
-    parser.add_argument("--last", type=float, help=f"length of the last step before the shift, 0 = 1/steps {trained}")
-    parser.add_argument("--solver", help=trained)
+    _add_labels(parser)
+    parser.add_argument("--negative", metavar="LABEL", help="guidance leads away from it (default: from no class)")
+    text = "also writes a GIF of each image's way, with every K-th step"
+    parser.add_argument("--trajectory", type=int, default=0, metavar="K", help=text)
+    _add_sampler(parser)
+
+
+def _add_generate(commands: Any) -> None:
+    text = "Draw very many images, on all devices and hosts; ends with samples.npz, as evaluation suites read it."
+    function = "deco_jax.generation.shards:generate_samples"
+    parser = _add_command(commands, "generate", _call_as_process, function, text)
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE)
+    out = "samples.npz, and shards until then; continued if it holds some"
+    parser.add_argument("--out", required=True, metavar="DIR", help=f"gets {out}")
+    number = parser.add_mutually_exclusive_group()
+    number.add_argument("--num", type=int, metavar="N", help="images (default: 50000)")
+    number.add_argument("--per-class", type=int, metavar="K", help="images of each label")
+    labels = parser.add_mutually_exclusive_group()
+    text = 'as in "0,5-9,golden retriever,null"; image i shows label i modulo their number (default: all)'
+    labels.add_argument("--labels", default="all", help=text)
+    text = "a text file with the label of one image on each line"
+    labels.add_argument("--label-file", metavar="FILE", help=text)
+    parser.add_argument("--negative", metavar="LABEL", help="guidance leads away from it (default: from no class)")
+    parser.add_argument("--png", action="store_true", help="also one PNG per image, in --out/png")
+    _add_generation(parser)
+    _add_part(parser)
+
+
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+    """What commands have in common that generate very many images."""
+    text = "image i depends on the seed and i alone (default: 0)"
+    parser.add_argument("--seed", type=int, default=0, help=text)
+    parser.add_argument("--weights", choices=("ema", "online"), default="ema", help="default: ema")
+    text = "of matrix products (default: as it was trained)"
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help=text)
+    text = "images at a time on each process (default: 64)"
+    parser.add_argument("--batch-size", type=int, default=64, help=text)
+    _add_sampler(parser)
+
+
+def _add_evaluate(commands: Any) -> None:
+    text = "Measure generated images against a reference: FID, sFID, Inception Score, precision, recall and others."
+    function = "deco_jax.evaluation.evaluate:evaluate"
+    parser = _add_command(commands, "evaluate", _call_as_process, function, text)
+    text = f"{SOURCE}, whose images are generated; or images: NAME.npz with arr_0, or a folder of pictures"
+    parser.add_argument("source", metavar="SOURCE", help=text)
+    parser.add_argument("--out", required=True, metavar="DIR", help="gets metrics.json and metrics.md; continued")
+    text = "of `deco stats`, or of the ADM suite (NAME.npz)"
+    parser.add_argument("--reference", required=True, metavar="FILE", help=text)
+    _add_features(parser)
+    more = {"action": "append", "default": [], "metavar": "FIELD=A,B,…"}
+    text = "evaluates for every value, and every combination if repeated: guidance=1,2,3.2 guidance_interval=0:1,0.1:1"
+    parser.add_argument("--sweep", **more, help=text)
+    parser.add_argument("--num", type=int, metavar="N", help="images to generate (default: 50000), or to look at (all)")
+    _add_labels(parser)
+    _add_generation(parser)
+
+
+def _add_features(parser: argparse.ArgumentParser) -> None:
+    text = "networks whose features are compared, of inception, dinov2, efficientnet (default: inception)"
+    parser.add_argument("--features", default="inception", metavar="A,B,…", help=text)
+    text = "file of a network's weights, if not in the cache (repeat for several)"
+    more = {"action": "append", "default": [], "metavar": "NAME=FILE"}
+    parser.add_argument("--feature-weights", **more, help=text)
+
+
+def _add_stats(commands: Any) -> None:
+    text = "Compute the statistics of a data set that `deco evaluate` compares with."
+    parser = _add_command(commands, "stats", _stats, "deco_jax.evaluation.stats:compute_stats", text)
+    images = parser.add_mutually_exclusive_group(required=True)
+    text = "a folder of pictures, or NAME.npz with arr_0"
+    images.add_argument("--images", metavar="PATH", help=text)
+    text = "whose data are taken, as training sees them"
+    images.add_argument("--config", metavar="FILE", help=text)
+    parser.add_argument("--out", required=True, metavar="DIR", help="gets reference.npz; continued")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time on each process (default: 64)")
+    text = "the first images only (default: all)"
+    parser.add_argument("--num", type=int, metavar="N", help=text)
+    _add_features(parser)
+
+
+def _add_report(commands: Any) -> None:
+    text = "Write one HTML page about runs, to be looked at without a network: losses, samples, speed, metrics."
+    parser = _add_command(commands, "report", _call, "deco_jax.reports.report:write_report", text)
+    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of `deco train`; several are put side by side")
+    parser.add_argument("--out", metavar="FILE.html", help="(default: report.html in the first WORKDIR)")
 
 
 def _add_spectra(commands: Any) -> None:
     text = "Over which frequencies does the energy of a transformer's output lie, and of its network's velocity?"
     parser = _add_command(commands, "spectra", _call, "deco_jax.evaluation.spectra:spectra_to_folder", text)
-    text = "workdir, checkpoint, .ckpt, .pt, .safetensors or folder"
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help=text)
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help=SOURCE)
     more = {"nargs": "+", "action": "extend", "default": []}
     parser.add_argument("--against", **more, metavar="PATH", help="networks to put beside it")
     files, seed = "spectra.json, spectra.csv and spectra.png", "of the noise, the same for every network"
@@ -184,7 +300,7 @@ def _add_spectra(commands: Any) -> None:
     trained = "(default: as the run's configuration says; else"
     parser.add_argument("--steps", type=int, help=f"of the Euler solver {trained} 50)")
     parser.add_argument("--shift", type=float, help=f"time shift, above 1 = more steps near noise {trained} 1)")
-    parser.add_argument("--image-size", type=int, help=f"pixels along a side {trained} 256)")
+    parser.add_argument("--image-size", metavar="SIZE", help=f"pixels, or HEIGHTxWIDTH {trained} 256)")
 
 
 def _add_plan(commands: Any) -> None:
@@ -216,3 +332,17 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument("--image-size", type=int, help="it was trained on, if SRC does not say (default: 256)")
     parser.add_argument("--prediction", help="velocity or image, if SRC does not say")
     parser.add_argument("--force", action="store_true", help="replace DST, if it is a file or made by this command")
+
+
+COMMANDS = (
+    _add_prepare,
+    _add_train,
+    _add_sample,
+    _add_generate,
+    _add_evaluate,
+    _add_stats,
+    _add_report,
+    _add_spectra,
+    _add_plan,
+    _add_convert,
+)

@@ -45,7 +45,7 @@ def test_the_public_names_load_when_used_and_bring_neither_tensorflow_nor_torch(
     assert not modules_after("import deco_jax; dir(deco_jax); deco_jax.__version__", tmp_path) & HEAVY
     loaded = modules_after("from deco_jax import build_model, load_pretrained, sample", tmp_path)
     assert {"jax", "flax", "orbax"} <= loaded and not loaded & {"tensorflow", "torch"}
-    loaded = modules_after("import deco_jax.cli, deco_jax.training.loop, deco_jax.evaluation.frechet", tmp_path)
+    loaded = modules_after("import deco_jax.cli, deco_jax.training.loop, deco_jax.metrics.frechet", tmp_path)
     assert {"clu", "grain"} <= loaded and not loaded & {"tensorflow", "torch"}
 
 

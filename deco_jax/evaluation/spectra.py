@@ -22,8 +22,9 @@ from deco_jax import jobs, storage
 from deco_jax.config import build_model
 from deco_jax.diffusion.frequency import BLOCK, block_dct
 from deco_jax.errors import UsageError
-from deco_jax.evaluation.generate import check_folder, noise_batches
 from deco_jax.evaluation.spectra_report import FILES, Spectra, ZIGZAG_64x2, require_matplotlib, write_spectra
+from deco_jax.generation.batches import noise_batches
+from deco_jax.generation.folder import check_folder
 from deco_jax.parallel import mesh as meshes
 from deco_jax.pretrained.load import Pretrained, open_pretrained
 from deco_jax.sampling.settings import Sampling

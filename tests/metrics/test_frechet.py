@@ -6,7 +6,7 @@ import scipy.linalg
 from clu import metrics
 
 from deco_jax.errors import UsageError
-from deco_jax.evaluation.frechet import Moments, frechet_distance
+from deco_jax.metrics.frechet import Moments, frechet_distance
 
 
 def gaussian(seed, d=6):

@@ -18,8 +18,9 @@ from deco_jax.cli import main
 from deco_jax.config import default_config
 from deco_jax.data.sources import Digits
 from deco_jax.diffusion.flow import to_uint8
-from deco_jax.evaluation import generate as module
-from deco_jax.evaluation.generate import _grid_by_label, _missing, generate
+from deco_jax.generation import folder as module
+from deco_jax.generation.batches import generate
+from deco_jax.generation.folder import _grid_by_label, _missing
 from deco_jax.sampling.pictures import make_grid, save_png
 from deco_jax.sampling.sample import image_noise, sample
 from deco_jax.sampling.settings import Sampling

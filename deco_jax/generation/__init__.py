@@ -1,0 +1,1 @@
+"""Many images from trained networks: folders of pictures, and shards for evaluation."""

@@ -1,0 +1,1 @@
+"""A page about runs that people look at."""
