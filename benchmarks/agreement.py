@@ -6,6 +6,7 @@ python benchmarks/agreement.py [OUTPUT.json]
 import json
 import pathlib
 import sys
+import unittest.mock
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -20,11 +21,11 @@ from deco_jax.encoders.dinov2.model import prepare_image
 from deco_jax.encoders.dinov2.weights import from_tensors
 from deco_jax.pretrained import names
 from deco_jax.pretrained.infer import ARCHITECTURES
+from deco_jax.sampling import solvers
 from deco_jax.sampling.guidance import guided_slope
-from deco_jax.sampling.settings import Sampling
 from deco_jax.sampling.solvers import SOLVERS, integrate
 from deco_jax.weights import translate
-from tests.helpers import Golden, relative_error
+from tests.helpers import Golden, recorded_sampler, relative_error
 
 
 def network(case: str) -> dict[str, float]:
@@ -75,26 +76,43 @@ def frequency() -> dict[str, float]:
     return errors | {"frequency: block DCT": max(transforms), "frequency: losses": max(losses)}
 
 
+RECORDED_SOLVERS = {
+    "Euler": ("euler", ("euler_50", "euler_100_cfg3.2_interval", "euler_20_shift3", "euler_10_laststep")),
+    "stochastic Euler": ("euler_sde", ("sde_euler_15",)),
+    "Heun": ("heun", ("heun_10",)),
+    "Heun, exact": ("heun_exact", ("heun_exact_10",)),
+    "Adams 2": ("adams2", ("adam_lm_25_o2_shift3",)),
+    "Adams 3 (recorded with coefficients in fp32)": ("adams3", ("adam_lm_12_o3",)),
+    "Adams 4 (recorded with coefficients in fp32)": ("adams4", ("adam_lm_12_o4_interval",)),
+}
+
+
+def trajectory(case: str, solver: str) -> float:
+    """Of all states of a recorded run."""
+    g = Golden("samplers")
+    s = recorded_sampler(json.loads(str(g[f"{case}:config"])), solver)
+    slope = guided_slope(
+        lambda x, t, y: jnp.sin(3 * x + y[:, None, None, None]) - x * t[:, None, None, None],
+        jnp.array([1, 2]),
+        jnp.array([5, 5]),
+        s.guidance,
+        s.guided_steps,
+    )
+    noise = jnp.asarray(g[f"{case}:noise"])
+    if solver == "euler_sde":
+        draws = jnp.pad(g[f"{case}:step_noise"], [(0, 1)] + [(0, 0)] * 4)  # the last step draws none
+        with unittest.mock.patch.object(solvers, "step_noise", lambda keys, number, shape: draws[number]):
+            _, states, _ = integrate(SOLVERS[solver], slope, noise, s.times, s.guided_steps, trajectory=1)
+    else:
+        _, states, _ = integrate(SOLVERS[solver], slope, noise, s.times, s.guided_steps, trajectory=1)
+    return relative_error(states, g[f"{case}:trajectory"])
+
+
 def sampling() -> dict[str, float]:
-    g, errors = Golden("samplers"), []
-    for case in ("euler_50", "euler_100_cfg3.2_interval", "euler_20_shift3", "euler_10_laststep"):
-        c = json.loads(str(g[f"{case}:config"]))
-        s = Sampling(
-            c["num_steps"],
-            guidance=c["guidance"],
-            guidance_interval=(c.get("guidance_interval_min", 0.0), c.get("guidance_interval_max", 1.0)),
-            shift=c.get("timeshift", 1.0),
-            last=c.get("last_step") or 0.0,
-        )
-        slope = guided_slope(
-            lambda x, t, y: jnp.sin(3 * x + y[:, None, None, None]) - x * t[:, None, None, None],
-            jnp.array([1, 2]),
-            jnp.array([5, 5]),
-            s.guidance,
-            s.guided_steps,
-        )
-        x, _ = integrate(SOLVERS["euler"], slope, g[f"{case}:noise"], s.times, s.guided_steps)
-        errors.append(relative_error(x, g[f"{case}:trajectory"][-1]))
+    errors = {
+        f"samplers: whole trajectories of {label}": max(trajectory(case, solver) for case in cases)
+        for label, (solver, cases) in RECORDED_SOLVERS.items()
+    }
     s, c2i = Golden("sample_deco_c2i"), Golden("deco_c2i")
     images = deco_jax.sample(
         c2i.model(),
@@ -105,10 +123,7 @@ def sampling() -> dict[str, float]:
         guidance=s.config["guidance"],
         guidance_interval=(s.config["guidance_interval_min"], s.config["guidance_interval_max"]),
     )
-    return {
-        "samplers: 4 Euler trajectories": max(errors),
-        "samplers: deco_c2i, 12 guided steps": relative_error(images, s.image("samples")),
-    }
+    return errors | {"samplers: deco_c2i, 12 guided steps": relative_error(images, s.image("samples"))}
 
 
 def training() -> dict[str, float]:

@@ -6,6 +6,8 @@ is one, look into it. `ClassLabels` is the only one so far: its encoder is a tab
 """
 
 import dataclasses
+import difflib
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -63,22 +65,51 @@ class ClassLabels:
             )
         return np.array([self.num_classes if isinstance(value, str) else value for value in values], np.int32)
 
-    def parse(self, text: str) -> list[int | str]:
-        """The command line's "0,5-7,null" → [0, 5, 6, 7, "null"]; "all" → every class.
+    def parse(self, text: str, names: Sequence[str] = (), option: str = "--labels") -> list[int | str]:
+        """The command line's "0,5-7,golden retriever,null" → [0, 5, 6, 7, 207, "null"]; "all" → every class.
+
+        A number is always a class's number, whatever its name. Names are those of `find_class`; one may contain commas.
+
+        Args:
+          text: as above.
+          names: of the classes 0, 1, …, where they are known.
+          option: where the text comes from.
 
         Raises:
-          UsageError: the text is not understood, or names a class that does not exist.
+          UsageError: the text is not understood, or names no class, or several.
         """
         if text == "all":
             return list(range(self.num_classes))
         labels: list[int | str] = []
-        for part in text.split(","):
-            match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?|null", part.strip())
-            if match is None or (match[2] and int(match[2]) < int(match[1])):
-                raise UsageError(f"--labels={text} is not understood; write for instance 0,1,5-9 or null or all.")
-            labels += ["null"] if match[1] is None else range(int(match[1]), int(match[2] or match[1]) + 1)
+        parts, start = text.split(","), 0
+        numbers = _by_name(tuple(names))
+        longest = max((name.count(",") + 1 for name in numbers), default=1)
+        while start < len(parts):
+            stop = min(len(parts), start + longest)  # of several parts that are a name together, the most
+            while stop > start + 1 and _plain(",".join(parts[start:stop])) not in numbers:
+                stop -= 1
+            part = ",".join(parts[start:stop]).strip()
+            match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?|null", part)
+            if match is None and names:
+                labels.append(find_class(part, names, option))
+            elif match is None or (match[2] and int(match[2]) < int(match[1])):
+                raise UsageError(f"{option}={text} is not understood; write for instance 0,1,5-9 or null or all.")
+            else:
+                labels += ["null"] if match[1] is None else range(int(match[1]), int(match[2] or match[1]) + 1)
+            start = stop
         self.read(labels)
         return labels
+
+    def parse_one(self, text: str, names: Sequence[str] = (), option: str = "--negative") -> int | str:
+        """The one label that `text` says; arguments and errors as of `parse`.
+
+        Raises:
+          UsageError: it says several.
+        """
+        labels = self.parse(text, names, option)
+        if len(labels) != 1:
+            raise UsageError(f"{option}={text} says {len(labels)} labels; write one.")
+        return labels[0]
 
     def spread(self, number: int) -> list[int | str]:
         """`number` requests that show the variety there is: classes, as far apart as they can be."""
@@ -94,3 +125,47 @@ class ClassLabels:
             raise UsageError(
                 f"model.num_classes={self.num_classes} is too few; the data has {offered.num_classes} classes."
             )
+
+
+def find_class(text: str, names: Sequence[str], option: str) -> int:
+    """The number of the class that is called so, whether in capitals or not.
+
+    Args:
+      text: a whole name, one of the synonyms that commas part in it, or the WordNet id in front of it.
+      names: of the classes 0, 1, …, such as "digit" or "n02099601 golden retriever".
+      option: where the text comes from.
+
+    Raises:
+      UsageError: none is called so, and the nearest are named; or several are, and they are listed.
+    """
+    numbers = _by_name(tuple(names))
+    found = numbers.get(_plain(text), [])
+    if len(found) == 1:
+        return found[0]
+    if found:
+        told = "; ".join(f"{number} ({names[number]})" for number in found)
+        raise UsageError(f"{option}: {text!r} is the name of several classes, {told}; write the number.")
+    nearest = difflib.get_close_matches(_plain(text), numbers, cutoff=0.5)
+    told = ", ".join(f"{name} ({' or '.join(map(str, numbers[name]))})" for name in nearest)
+    raise UsageError(
+        f"{option}: no class is called {text!r}; " + (f"the nearest are {told}." if told else "write its number.")
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _by_name(names: tuple[str, ...]) -> dict[str, list[int]]:
+    """The classes of every name and synonym. ImageNet's names are all synonyms; another whole name beats them."""
+    synonyms: dict[str, list[int]] = {}
+    whole: dict[str, list[int]] = {}
+    for number, line in enumerate(names):
+        wordnet, name = re.fullmatch(r"(n[0-9]{8} )?(.*)", line, re.DOTALL).groups()
+        for found in {_plain(part) for part in [*name.split(","), name, wordnet or name]}:
+            synonyms.setdefault(found, []).append(number)
+        if wordnet is None:
+            whole.setdefault(_plain(name), []).append(number)
+    return synonyms | whole
+
+
+def _plain(text: str) -> str:
+    """A name as it is compared: without capitals, and with single spaces."""
+    return re.sub(r"\s*,\s*", ", ", " ".join(text.casefold().split()))

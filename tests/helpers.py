@@ -19,6 +19,7 @@ from deco_jax.diffusion.flow import Draws, shift_time
 from deco_jax.models.build import KINDS, network_fields, parameter_shapes
 from deco_jax.pretrained import names
 from deco_jax.pretrained.infer import ARCHITECTURES
+from deco_jax.sampling.settings import Sampling
 from deco_jax.training.state import TrainState
 from deco_jax.training.step import make_train_step
 from deco_jax.weights import translate
@@ -50,6 +51,18 @@ def assert_as_recorded(ours, theirs):
             np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
         else:
             assert relative_error(ours[name], theirs[name]) <= TOLERANCE or not theirs[name].any(), name
+
+
+def recorded_sampler(config: dict, solver: str) -> Sampling:
+    """The settings of a run in the recording `samplers`."""
+    return Sampling(
+        config["num_steps"],
+        solver,
+        config["guidance"],
+        (config.get("guidance_interval_min", 0.0), config.get("guidance_interval_max", 1.0)),
+        config.get("timeshift", 1.0),
+        config.get("last_step") or 0.0,
+    )
 
 
 class Golden:

@@ -5,6 +5,7 @@ import pytest
 
 from deco_jax.conditions import ClassLabels
 from deco_jax.errors import UsageError
+from deco_jax.pretrained.load import imagenet_classes
 
 TEN = ClassLabels(10)
 
@@ -31,6 +32,42 @@ def test_what_users_ask_for():
             TEN.parse(text)
     with pytest.raises(UsageError, match="labels 10, 11 do not exist; the network has the classes 0 to 9"):
         TEN.parse("8-11")
+
+
+def test_classes_are_asked_for_by_name():
+    """Own folders' names, one of them with a comma; the words all and null stay what they are."""
+    names = ("cat", "Dog", "cat, tabby", "207", "great  eel", *"56789")
+    assert TEN.parse("dog,CAT,3,null,cat, tabby,great eel,0-1", names) == [1, 0, 3, "null", 2, 4, 0, 1]
+    assert TEN.parse_one("tabby", names) == 2 and TEN.parse_one("null", names) == "null"
+    for text, message in {
+        "dgo": r"--labels: no class is called 'dgo'; the nearest are dog \(1\)",
+        "cat,xyzzy": "--labels: no class is called 'xyzzy'; write its number",
+        "5-3": "--labels=5-3 is not understood",
+        "207": "labels 207 do not exist",
+        "": "--labels: no class is called ''",
+    }.items():
+        with pytest.raises(UsageError, match=message):
+            TEN.parse(text, names)
+    with pytest.raises(UsageError, match="--negative=cat,dog says 2 labels; write one"):
+        TEN.parse_one("cat,dog", names)
+
+
+def test_imagenets_classes_by_name():
+    """Labels of some classes, as everybody who sampled from ImageNet knows them."""
+    names, imagenet = imagenet_classes(), ClassLabels(1000)
+    assert len(names) == len(set(names)) == 1000 and sorted(names) == list(names), "in order of the WordNet ids"
+    known = {"tench": 0, "golden retriever": 207, "husky": 248, "red panda": 387, "macaw": 88, "volcano": 980}
+    known |= {"N02099601": 207, "toilet tissue": 999, "Tench, Tinca tinca": 0}
+    for name, number in known.items():
+        assert imagenet.parse_one(name, names) == number, name
+    assert imagenet.parse("golden retriever,207,tench, Tinca tinca,great white shark", names) == [207, 207, 0, 2]
+    crane = r"--labels: 'crane' is the name of several classes, 134 \(n02012849 crane\); 517 \(n03126707 crane\); write"
+    with pytest.raises(UsageError, match=crane):
+        imagenet.parse("crane", names)
+    with pytest.raises(UsageError, match="'Cardigan' is the name of several classes, 264 .*; 474 "):
+        imagenet.parse("Cardigan", names)
+    with pytest.raises(UsageError, match=r"the nearest are golden retriever \(207\)"):
+        imagenet.parse("goldn retreiver", names)
 
 
 def test_grids_show_classes_far_apart():

@@ -27,7 +27,7 @@ from deco_jax.generation.batches import noise_batches
 from deco_jax.generation.folder import check_folder
 from deco_jax.parallel import mesh as meshes
 from deco_jax.pretrained.load import Pretrained, open_pretrained
-from deco_jax.sampling.settings import Sampling
+from deco_jax.sampling.settings import Sampling, check_image_size, parse_image_size, write_image_size
 from deco_jax.sampling.solvers import SOLVERS, integrate
 
 MIN_SIDE = BLOCK // 2 + 1  # a shorter side cannot be reflected into a block of 8
@@ -39,7 +39,7 @@ def measure_spectra(
     *,
     images: int,
     seed: int,
-    image_size: int,
+    image_size: int | tuple[int, int],
     batch_size: int,
     steps: int,
     shift: float = 1.0,
@@ -54,7 +54,7 @@ def measure_spectra(
       model, params: see `load_pretrained`.
       images: how many.
       seed: of the noise.
-      image_size: side in pixels.
+      image_size: side or (height, width) in pixels.
       batch_size: images at a time, see `noise_batches`.
       steps: of the Euler solver.
       shift: time shift of its grid.
@@ -63,6 +63,7 @@ def measure_spectra(
       UsageError: steps or shift are out of range, or the network diverges.
     """
     run = _compiled(model, Sampling(steps, shift=shift))
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     params = jax.device_put(params, meshes.replicated(meshes.local_layout().mesh))
     energy_2x64 = np.zeros((2, len(ZIGZAG_64x2)))
     with contextlib.closing(jobs.Progress(images, "image")) as progress:
@@ -72,9 +73,10 @@ def measure_spectra(
             progress.update(progress.done + count)
     if not np.isfinite(energy_2x64).all():
         raise UsageError(f"With steps={steps} the network's output is not finite; its weights cannot be analysed.")
-    blocks = [math.ceil(side / BLOCK) ** 2 for side in (image_size // model.patch_size, image_size)]
+    blocks = [math.ceil(height / p / BLOCK) * math.ceil(width / p / BLOCK) for p in (model.patch_size, 1)]
     transformer_energy_64, velocity_energy_64 = energy_2x64 / (images * steps * np.array(blocks)[:, None])
-    return Spectra(transformer_energy_64, velocity_energy_64, images, seed, image_size, steps, float(shift))
+    size = height if height == width else (height, width)
+    return Spectra(transformer_energy_64, velocity_energy_64, images, seed, size, steps, float(shift))
 
 
 @functools.lru_cache(maxsize=16)
@@ -91,7 +93,7 @@ def _compiled(model: nn.Module, settings: Sampling) -> Callable[..., Array]:
             return v, jnp.stack([zigzag_energy(tokens_BxNxD.reshape(b, *grid, -1)), zigzag_energy(v)])
 
         solver = SOLVERS[settings.solver]
-        _, energies_Sx2xBx64 = integrate(solver, slope, noise_BxHxWx3, settings.times, settings.guided_steps)
+        _, _, energies_Sx2xBx64 = integrate(solver, slope, noise_BxHxWx3, settings.times, settings.guided_steps)
         return energies_Sx2xBx64.sum(axis=0)
 
     return run
@@ -112,7 +114,7 @@ def spectra_to_folder(
     seed: int,
     steps: int | None,
     shift: float | None,
-    image_size: int | None,
+    image_size: str | int | None,
     batch_size: int,
     weights: str,
     dtype: str | None,
@@ -125,7 +127,8 @@ def spectra_to_folder(
       out: a folder, on this machine or in a bucket; must not hold such files yet unless `overwrite`.
       against: more of them, to put beside the first.
       num, seed, batch_size: see `measure_spectra`.
-      steps, shift, image_size: None = as the run's configuration says; 50, 1 and 256 for a file that has none.
+      steps, shift, image_size: None = as the run's configuration says; 50, 1 and 256 for a file that has none. A size
+        is that of squares, or height and width as in "256x384".
       weights: "ema" or "online".
       dtype: of matrix products, "bfloat16" or "float32"; None = each as trained.
       overwrite: replace what is there.
@@ -148,7 +151,7 @@ def spectra_to_folder(
         probe.unlink()
     spectra = {}
     for name, found, chosen in zip(names, networks, settings, strict=True):
-        drawn = f"{chosen['image_size']}², {chosen['steps']} steps, shift {chosen['shift']:g}"
+        drawn = f"{'×'.join(map(str, chosen['image_size']))} pixels, {chosen['steps']} steps, shift {chosen['shift']:g}"
         print(f"{name}: {num} images of {drawn}, in {found.config.model.dtype}", flush=True)
         model = build_model(found.config.model)
         measured = measure_spectra(model, found.read(weights), images=num, seed=seed, batch_size=batch_size, **chosen)
@@ -159,24 +162,22 @@ def spectra_to_folder(
 
 
 def _settings(
-    found: Pretrained, weights: str, steps: int | None, shift: float | None, image_size: int | None
+    found: Pretrained, weights: str, steps: int | None, shift: float | None, image_size: str | int | None
 ) -> dict[str, Any]:
     """steps, shift and image_size for a network, checked as far as that goes without its weights."""
     found.check_set(weights)
-    source, p, sampler = found.path, found.config.model.patch_size, found.config.sample
-    known = {"steps": sampler.steps, "shift": sampler.shift, "image_size": found.config.data.image_size}
-    asked = {"steps": steps, "shift": shift, "image_size": image_size}
-    chosen = known | {name: value for name, value in asked.items() if value is not None}
-    Sampling(chosen["steps"], shift=chosen["shift"])
-    size = chosen["image_size"]
-    if size < 1 or size % p:
-        raise UsageError(f"{source}: image_size={size} must be a positive multiple of the network's patch size, {p}.")
-    if size < MIN_SIDE * p:
+    p, sampler, option = found.config.model.patch_size, found.config.sample, f"{found.path}: image_size"
+    size = parse_image_size(image_size, option) or (found.config.data.image_size,) * 2
+    steps = sampler.steps if steps is None else steps
+    shift = sampler.shift if shift is None else shift
+    Sampling(steps, shift=shift)
+    check_image_size(size, p, option)
+    if min(size) < MIN_SIDE * p:
         raise UsageError(
-            f"{source}: image_size={size} gives {size // p}×{size // p} tokens, too few for an 8×8 block; "
+            f"{option}={write_image_size(size)} gives {size[0] // p}×{size[1] // p} tokens, too few for an 8×8 block; "
             f"the smallest image_size that works is {MIN_SIDE * p}."
         )
-    return chosen
+    return {"steps": steps, "shift": shift, "image_size": size}
 
 
 def _names(sources: Sequence[str]) -> list[str]:

@@ -37,7 +37,7 @@ class Spectra:
     velocity_energy_64: np.ndarray  # E of the predicted velocity, RGB
     images: int
     seed: int  # of the noise
-    image_size: int  # side in pixels
+    image_size: int | tuple[int, int]  # side, or height and width where they differ, in pixels
     steps: int  # of the Euler solver, all of them counted
     shift: float  # of its time grid
     origin: str = ""  # where the weights come from

@@ -5,13 +5,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import Array
 
 from deco_jax.diffusion.flow import to_uint8
+from deco_jax.errors import UsageError
 from deco_jax.parallel import mesh as meshes
-from deco_jax.sampling.sample import image_noise, sample
+from deco_jax.sampling.sample import image_keys, image_noise, sample
 from deco_jax.sampling.settings import Sampling
 
 
@@ -20,34 +22,71 @@ def generate(
     params: Any,
     labels: Sequence[int | str],
     seed: int,
-    image_size: int,
+    image_size: int | tuple[int, int],
     batch_size: int,
     settings: Sampling,
     numbers: Iterable[int] | None = None,
+    negative: int | str | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the images with these numbers, (H, W, 3) uint8, in order.
 
-    Image i starts from noise that depends on `seed` and i alone, and shows label i modulo their number. Batches are
-    split over all local devices.
+    Image i depends on `seed` and i alone, and shows label i modulo their number. Batches are split over all local
+    devices, which work on the next one while a batch is read back.
 
     Args:
       model, params: see `load_pretrained`.
       labels: see `deco_jax.sample`.
       seed: of the noise.
-      image_size: side in pixels.
+      image_size: side or (height, width) in pixels.
       batch_size: images at a time, rounded up to a multiple of the devices.
       settings: of the sampler.
       numbers: of the images; None = one for each label.
+      negative: the label that guidance leads away from; None = no class.
+
+    Raises:
+      UsageError: an image is not finite.
     """
     params = jax.device_put(params, meshes.replicated(meshes.local_layout().mesh))
     numbers = range(len(labels)) if numbers is None else numbers
+    key, under_way = jax.random.key(seed), None
     for indices, noise, count in noise_batches(numbers, seed, image_size, batch_size):
-        shown = [labels[i % len(labels)] for i in np.asarray(indices)]
-        yield from np.asarray(to_uint8(sample(model, params, shown, noise=noise, settings=settings)))[:count]
+        numbers_B = np.asarray(indices)
+        shown = [labels[i % len(labels)] for i in numbers_B]
+        images = sample(
+            model,
+            params,
+            shown,
+            noise=noise,
+            keys=image_keys(key, indices),
+            negative=None if negative is None else [negative] * len(shown),
+            settings=settings,
+        )
+        following = numbers_B[:count], shown, *_to_pixels(images)
+        if under_way is not None:
+            yield from _read_back(*under_way)
+        under_way = following
+    if under_way is not None:
+        yield from _read_back(*under_way)
+
+
+@jax.jit
+def _to_pixels(images_BxHxWx3: Array) -> tuple[Array, Array]:
+    """uint8 pixels, and which images are finite: (B,) booleans."""
+    return to_uint8(images_BxHxWx3), jnp.isfinite(images_BxHxWx3).all(axis=(1, 2, 3))
+
+
+def _read_back(numbers: np.ndarray, shown: Sequence[int | str], pixels: Array, finite: Array) -> np.ndarray:
+    """The first images of a batch, as many as there are numbers: (K, H, W, 3) uint8."""
+    for i in np.flatnonzero(~np.asarray(finite)[: len(numbers)])[:1]:
+        raise UsageError(
+            f"Image {numbers[i]}, of label {shown[i]}, is not finite; try --dtype=float32, less guidance, or other "
+            "weights."
+        )
+    return np.asarray(pixels)[: len(numbers)]
 
 
 def noise_batches(
-    numbers: Iterable[int], seed: int, image_size: int, batch_size: int
+    numbers: Iterable[int], seed: int, image_size: int | tuple[int, int], batch_size: int
 ) -> Iterator[tuple[Array, Array, int]]:
     """Yields numbers of images (B,) and their noise, split over all local devices; and how many of them count.
 
@@ -55,7 +94,8 @@ def noise_batches(
     """
     mesh, numbers, padded = meshes.local_layout().mesh, iter(numbers), 0
     batch_size = meshes.round_up(batch_size, mesh)
-    key, shape = jax.random.key(seed), (image_size, image_size, 3)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    key, shape = jax.random.key(seed), (*size, 3)
     while batch := list(itertools.islice(numbers, batch_size)):
         padded = padded or meshes.round_up(len(batch), mesh)  # of all batches alike, so that one program does
         indices = jax.device_put(np.resize(np.array(batch, np.int32), padded), meshes.batch_sharding(mesh))

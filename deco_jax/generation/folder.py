@@ -10,20 +10,27 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
+from flax import linen as nn
 from PIL import Image
 from tqdm import tqdm
 
 from deco_jax import jobs, storage
 from deco_jax.config import build_model
+from deco_jax.diffusion.flow import to_uint8
 from deco_jax.errors import UsageError
-from deco_jax.generation.batches import generate
+from deco_jax.generation.batches import generate, noise_batches
+from deco_jax.parallel import mesh as meshes
 from deco_jax.pretrained.load import Pretrained, open_pretrained
-from deco_jax.sampling.pictures import make_grid, save_png
-from deco_jax.sampling.settings import Sampling
+from deco_jax.sampling.pictures import make_grid, save_gif, save_png
+from deco_jax.sampling.sample import image_keys, sample
+from deco_jax.sampling.settings import Sampling, check_image_size, parse_image_size
 from deco_jax.storage import AnyPath
 
 GRID_IMAGES = 256  # a grid shows the first ones only
+GIF_IMAGES = 64  # and a film of their ways fewer
+TRAJECTORY = "trajectory.gif"
 SETTINGS = "sample.json"  # how the pictures in a folder were drawn
 WRITERS, WAITING = 8, 256  # threads that write pictures, and pictures that may wait for them
 MOST = 2**31 - 1  # images, as their numbers are int32
@@ -53,11 +60,13 @@ def generate_to_folder(
     weights: str,
     dtype: str | None,
     batch_size: int,
-    image_size: int | None,
+    image_size: str | int | None,
     overwrite: bool,
+    negative: str | None = None,
+    trajectory: int = 0,
     **changes: Any,
 ) -> None:
-    """Draws `num` images into `out`: 00000.png, …, and grid.png with a row for each label.
+    """Draws `num` images into `out`: 00000.png, …, grid.png with a row for each label, and maybe trajectory.gif.
 
     Pictures that are there already are kept if they were drawn in the same way, which sample.json says; so the same
     command goes on after it was interrupted, and a larger `num` adds to what is there.
@@ -65,12 +74,14 @@ def generate_to_folder(
     Args:
       source: anything that `load_pretrained` opens.
       out: a folder, on this machine or in a bucket; must not hold other pictures unless `overwrite`.
-      labels: as in "0,1,5-9,null", or "all"; image i shows label i modulo their number.
+      labels: as in "0,5-9,golden retriever,null", or "all"; image i shows label i modulo their number.
       num, seed, batch_size: see `generate`.
       weights: "ema" or "online".
       dtype: of matrix products, "bfloat16" or "float32"; None = as trained.
-      image_size: side in pixels; None = as trained.
+      image_size: of squares, or height and width as in "256x384"; None = as trained.
       overwrite: draw all again, and remove numbered pictures that are there.
+      negative: the label that guidance leads away from; None = from no class.
+      trajectory: k > 0 writes trajectory.gif, which shows the first 64 images after every k-th step.
       **changes: fields of `Sampling`; None = as the run's configuration says.
 
     Raises:
@@ -81,21 +92,24 @@ def generate_to_folder(
     found.check_set(weights)
     settings = Sampling.from_config(found.config.sample, **changes)
     model = build_model(found.config.model)
-    size, p = found.config.data.image_size if image_size is None else image_size, model.patch_size
-    if size < 1 or size % p:
-        raise UsageError(f"--image-size={size} must be a positive multiple of the network's patch size, {p}.")
-    chosen = model.condition.parse(labels)
+    size = parse_image_size(image_size) or (found.config.data.image_size,) * 2
+    check_image_size(size, model.patch_size)
+    if trajectory < 0:
+        raise UsageError(f"--trajectory={trajectory} must be at least 0; 0 writes no trajectory.gif.")
+    chosen = model.condition.parse(labels, found.class_names)
+    away = None if negative is None else model.condition.parse_one(negative, found.class_names)
     how = {"source": str(found), "weights": weights, "dtype": found.config.model.dtype, "seed": seed}
-    how |= {"labels": chosen, "image_size": size, **dataclasses.asdict(settings)}
+    how |= {"labels": chosen, "negative": away, "image_size": size, **dataclasses.asdict(settings)}
     done = _kept(folder, out, how, overwrite)
     done, there = done[done < num], int((done < num).sum())
     print(f"{found}: {weights} weights, computing in {how['dtype']}{_assumed(found, 'dtype')}.")
     told = _assumed(found, "image_size") if image_size is None else ""
     kept = f", of which {there:,} are there already" if there else ""
-    most = tqdm.format_sizeof(3 * num * size**2, "B")
-    print(f"{num:,} images of {size}×{size} pixels{told}, at most {most}{kept}.", flush=True)
+    most = tqdm.format_sizeof(3 * num * size[0] * size[1], "B")
+    print(f"{num:,} images of {size[0]}×{size[1]} pixels{told}, at most {most}{kept}.", flush=True)
 
-    images = generate(model, found.read(weights), chosen, seed, size, batch_size, settings, _missing(num, done))
+    params = found.read(weights)
+    images = generate(model, params, chosen, seed, size, batch_size, settings, _missing(num, done), away)
     progress, shown = jobs.Progress(num, "image", there), {}
     waiting: collections.deque[concurrent.futures.Future] = collections.deque()
     try:
@@ -118,7 +132,44 @@ def generate_to_folder(
         progress.close()
     first = [shown[i] if i in shown else _read(folder / _name(i)) for i in range(min(num, GRID_IMAGES))]
     save_png(_grid_by_label(np.stack(first), len(chosen)), folder / "grid.png")
-    print(f"{num} images and grid.png are in {folder}.")
+    more = ""
+    if trajectory:
+        frames = _film(model, params, min(num, GIF_IMAGES), chosen, away, seed, size, batch_size, settings, trajectory)
+        with storage.writing(folder):
+            save_gif(frames, folder / TRAJECTORY)
+        more = f", {TRAJECTORY}"
+    print(f"{num} images{more} and grid.png are in {folder}.")
+
+
+def _film(
+    model: nn.Module,
+    params: Any,
+    number: int,
+    labels: list[int | str],
+    negative: int | str | None,
+    seed: int,
+    size: tuple[int, int],
+    batch_size: int,
+    settings: Sampling,
+    trajectory: int,
+) -> np.ndarray:
+    """How the first images come about, laid out as in grid.png: (S, H, W, 3) uint8. They are drawn once more."""
+    params = jax.device_put(params, meshes.replicated(meshes.local_layout().mesh))
+    key, ways = jax.random.key(seed), []
+    for indices, noise, count in noise_batches(range(number), seed, size, batch_size):
+        shown = [labels[i % len(labels)] for i in np.asarray(indices)]
+        _, states = sample(
+            model,
+            params,
+            shown,
+            noise=noise,
+            keys=image_keys(key, indices),
+            negative=None if negative is None else [negative] * len(shown),
+            trajectory=trajectory,
+            settings=settings,
+        )
+        ways.append(np.asarray(to_uint8(states))[:, :count])
+    return np.stack([_grid_by_label(images, len(labels)) for images in np.concatenate(ways, axis=1)])
 
 
 @contextlib.contextmanager
@@ -168,6 +219,9 @@ def _check_same(out: str, text: str, how: dict[str, Any]) -> None:
         there = dict(json.loads(text))
     except ValueError:
         there = {}
+    if there:  # up to version 0.1.0 all images were square, and none had a negative label
+        side = there.get("image_size")
+        there = {"negative": None} | there | {"image_size": [side, side] if isinstance(side, int) else side}
     different = [
         f"{name}: {there.get(name)} there, {here[name]} here" for name in here if there.get(name) != here[name]
     ]

@@ -152,7 +152,8 @@ class Program:
         fields = {name: batched(field.shape, field.dtype) for name, field in condition.fields.items()}
         if self.sampler:
             wanted = condition.from_batch(fields)
-            return {"ema": self.state.ema, "batch": (batched((side, side, 3), jnp.float32), wanted, wanted)}
+            keys = batched((), jax.random.key(0).dtype)
+            return {"ema": self.state.ema, "batch": (batched((side, side, 3), jnp.float32), keys, wanted, wanted)}
         batch = {"image": batched((side, side, 3), jnp.uint8), **fields}
         if config.loss.alignment_weight and not self.train_step.frozen:
             tokens = (side // config.model.patch_size) ** 2
@@ -180,7 +181,7 @@ class Program:
         forward = forward_flops(network, side, side)
         images = self.config.data.batch_size / self.layout.mesh.size
         if self.sampler:
-            return (images * forward * (self.settings.steps + int(self.settings.guided_steps.sum())),) * 2
+            return (images * forward * self.settings.evaluations,) * 2
         blocks = forward - forward_flops(network.clone(depth=0), side, side)
         attention = network.depth * 4 * (side // network.patch_size) ** 4 * network.width
         again = {"none": 0.0, "dots": attention, "full": blocks}[network.remat]

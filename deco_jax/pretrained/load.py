@@ -1,6 +1,7 @@
 """How does a user get a trained network? `deco_jax.load_pretrained`, from wherever it is stored."""
 
 import dataclasses
+import importlib.resources
 from typing import Any, Literal
 
 import jax
@@ -87,6 +88,20 @@ class Pretrained:
         aligned = self.checkpoint is not None and self.config.loss.alignment_weight
         return bool(aligned) and not store.read_meta(*self.checkpoint).get("weights_only")
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes 0, 1, …; () if nobody knows them.
+
+        A checkpoint of ours has those of its data. WordNet ids, and the classes of a network of 1000 that has no
+        names, become ImageNet's: "n02099601 golden retriever".
+        """
+        known = () if self.checkpoint is None else store.read_meta(*self.checkpoint).get("class_names", ())
+        if not known and self.config.model.num_classes != 1000:
+            return ()
+        lines = imagenet_classes()
+        by_id = {line.split(" ", 1)[0]: line for line in lines}
+        return tuple(by_id.get(name, name) for name in known) or lines
+
     def check_set(self, weights: str) -> None:
         """Raises UsageError if there are no such `weights`."""
         if weights not in ("ema", "online"):
@@ -147,6 +162,12 @@ def open_pretrained(path: str, prediction: str | None = None, dtype: str | None 
     FIELDS["model.dtype"].check("dtype", dtype)
     config.model.dtype = dtype
     return dataclasses.replace(found, assumed=tuple(name for name in found.assumed if name != "dtype"))
+
+
+def imagenet_classes() -> tuple[str, ...]:
+    """ImageNet's 1000 classes in the order of their labels: "n01440764 tench, Tinca tinca", …"""
+    text = importlib.resources.files("deco_jax.pretrained").joinpath("imagenet_classes.txt").read_text("utf-8")
+    return tuple(text.splitlines())
 
 
 def _place(x: Any, like: jax.ShapeDtypeStruct) -> Array:

@@ -1,4 +1,4 @@
-"""How do images get onto disk, one by one and as grids?"""
+"""How do images get onto disk, one by one, as grids, and as films of how they came about?"""
 
 import math
 
@@ -23,3 +23,11 @@ def save_png(image_HxWx3: np.ndarray, path: AnyPath) -> None:
     """Writes a uint8 image as PNG; a reader never sees half a file."""
     with write_beside(path) as draft:
         Image.fromarray(image_HxWx3).save(draft, format="PNG")
+
+
+def save_gif(frames_SxHxWx3: np.ndarray, path: AnyPath, seconds: float = 0.1, last: float = 1.5) -> None:
+    """Writes uint8 frames as a GIF that repeats; each stays for `seconds`, the last for longer. Never half a file."""
+    first, *others = (Image.fromarray(frame).quantize() for frame in frames_SxHxWx3)
+    durations = [round(1000 * seconds)] * len(others) + [round(1000 * last)]
+    with write_beside(path) as draft:
+        first.save(draft, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)

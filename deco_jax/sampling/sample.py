@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array
 
@@ -23,29 +24,35 @@ def sample(
     key: Array | None = None,
     *,
     noise: Array | None = None,
+    keys: Array | None = None,
     image_size: int | tuple[int, int] | None = None,
     negative: Array | Sequence[int | str] | None = None,
+    trajectory: int = 0,
     settings: Sampling = Sampling(),  # noqa: B008 (it is frozen)
     **changes: Any,
-) -> Array:
+) -> Array | tuple[Array, Array]:
     """Generates one image per label.
 
     Args:
       model, params: see `build_model` and `load_pretrained`.
       labels: (B,) what the images show, as the network's condition reads it: integers in [0, model.num_classes); the
         string "null" asks for the null class.
-      key: of the starting noise; image i starts from `image_noise(key, i, …)` whatever the batch.
+      key: of all draws; image i starts from `image_noise(key, i, …)` and draws with `image_keys(key, i)` whatever the
+        batch.
       noise: (B, H, W, 3), the starting noise itself; replaces key and image_size.
+      keys: (B,), each image's key of the noise that the solver draws; needed with noise and solver="euler_sde".
       image_size: side or (height, width) in pixels; needed with key.
       negative: (B,) what guidance leads away from, in place of the null class.
+      trajectory: k > 0 also returns states on the way: the noise, every k-th after it, and the image.
       settings: all settings of the sampler at once.
-      **changes: fields of `settings` that differ: steps (50), solver ("euler"), guidance (1.0: none, and half the
+      **changes: fields of `settings` that differ: steps (50), solver ("euler"; or euler_sde, heun,
+        heun_exact, adams1, … adams4), guidance (1.0: none, and half the
         work), guidance_interval ((0.0, 1.0): guidance acts on steps that start at t with low < t ≤ high; 0 = noise,
         1 = data), shift (1.0; above 1 spends more steps near noise), last (0.0; length of the last step before the
         shift, 0 = 1/steps).
 
     Returns:
-      (B, H, W, 3) fp32, data range [-1, 1], not clipped.
+      (B, H, W, 3) fp32, data range [-1, 1], not clipped; with `trajectory`, that and the states (S, B, H, W, 3) fp32.
 
     Raises:
       UsageError: an argument is missing or out of range.
@@ -63,7 +70,15 @@ def sample(
         noise = image_noise(key, jnp.arange(number), (height, width, 3))
     if noise.ndim != 4 or noise.shape[0] != number or noise.shape[3] != 3:
         raise UsageError(f"noise has shape {noise.shape}; {number} labels need ({number}, H, W, 3).")
-    return compiled_sampler(model, settings)(params, jnp.asarray(noise), condition, null)
+    if SOLVERS[settings.solver].draws_noise and keys is None:
+        if key is None:
+            raise UsageError(f"solver={settings.solver!r} draws noise; with noise=… it needs keys=… as well.")
+        keys = image_keys(key, jnp.arange(number))
+    if keys is not None and keys.shape != (number,):
+        raise UsageError(f"keys has shape {keys.shape}; {number} labels need ({number},) of jax.random.key.")
+    if trajectory < 0:
+        raise UsageError(f"trajectory={trajectory} must be at least 0; 0 keeps no states.")
+    return compiled_sampler(model, settings, trajectory)(params, jnp.asarray(noise), keys, condition, null)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -72,17 +87,28 @@ def image_noise(key: Array, indices: Array, shape: tuple[int, int, int]) -> Arra
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
 
 
+@jax.jit
+def image_keys(key: Array, indices: Array) -> Array:
+    """Keys (K,) of what the images with these indices draw on their way: a function of key and index alone."""
+    later = jax.random.fold_in(key, np.uint32(2**32 - 1))  # no image has this number, whose starting noise it would be
+    return jax.vmap(lambda i: jax.random.fold_in(later, i))(indices)
+
+
 @functools.lru_cache(maxsize=16)
-def compiled_sampler(model: nn.Module, settings: Sampling) -> Callable[..., Array]:
-    """The jitted sampler of these settings: (params, noise, condition, null) → images."""
+def compiled_sampler(model: nn.Module, settings: Sampling, trajectory: int = 0) -> Callable[..., Any]:
+    """The jitted sampler of these settings: (params, noise, keys, condition, null) → what `sample` returns.
+
+    keys (B,) may be None where the solver draws no noise.
+    """
 
     @jax.jit
-    def run(params: Any, noise_BxHxWx3: Array, condition: Any, null: Any) -> Array:
+    def run(params: Any, noise_BxHxWx3: Array, keys_B: Array | None, condition: Any, null: Any) -> Any:
         def velocity(x: Array, t_B: Array, condition: Any) -> Array:
             return model.apply({"params": params}, x, t_B, condition)
 
-        slope = guided_slope(velocity, condition, null, settings.guidance, settings.guided_steps)
-        images, _ = integrate(SOLVERS[settings.solver], slope, noise_BxHxWx3, settings.times, settings.guided_steps)
-        return images
+        guided, solver = settings.guided_steps, SOLVERS[settings.solver]
+        slope = guided_slope(velocity, condition, null, settings.guidance, guided)
+        images, states, _ = integrate(solver, slope, noise_BxHxWx3, settings.times, guided, keys_B, trajectory)
+        return (images, states) if trajectory else images
 
     return run

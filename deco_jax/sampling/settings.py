@@ -1,7 +1,8 @@
-"""How is an image to be drawn? The settings of a sampler, checked in one place and carried through as one object."""
+"""How is an image to be drawn? The settings of a sampler and the image's size, checked in one place."""
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,10 @@ class Sampling:
     steps: int = 50  # of the solver
     solver: str = "euler"  # one of SOLVERS
     guidance: float = 1.0  # weight of classifier-free guidance; 1 is none, and half the work
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # guidance acts on steps that start at low < t ≤ high
+    guidance_interval: tuple[float, float] = (
+        0.0,
+        1.0,
+    )  # guidance acts on steps that start at low < t ≤ high
     shift: float = 1.0  # time shift; above 1 spends more steps near noise
     last: float = 0.0  # length of the last step, before the shift; 0 = 1/steps
 
@@ -66,8 +70,41 @@ class Sampling:
     def guided_steps(self) -> np.ndarray:
         """Which steps use guidance, (steps,): those that start at t with low < t ≤ high; none if guidance is 1.
 
-        So the first step, from t = 0, is never guided. Compared in fp32, as PyTorch compares its fp32 grid.
+        So the first step, from t = 0, is never guided. Compared in fp32, as PyTorch compares its fp32 grid. Adams is
+        open on both sides, and Heun asks for slopes ahead (`Solver.guided`).
         """
         low, high = np.float32(self.guidance_interval)
-        starts = self.times[:-1].astype(np.float32)
-        return (starts > low) & (starts <= high) & (self.guidance != 1)
+        return SOLVERS[self.solver].guided(self.times[:-1].astype(np.float32), low, high) & (self.guidance != 1)
+
+    @property
+    def evaluations(self) -> int:
+        """How often an image goes through the network, of which guidance needs two per slope."""
+        return int((SOLVERS[self.solver].evaluations(self.steps) * (1 + self.guided_steps)).sum())
+
+
+def parse_image_size(text: str | int | None, option: str = "--image-size") -> tuple[int, int] | None:
+    """ "256" → (256, 256) and "256x384" → (256, 384), height and width in pixels; None → None.
+
+    Raises:
+      UsageError: naming `option`, the text is neither, or a side is 0.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9][0-9]{0,5})(?:[x×]([1-9][0-9]{0,5}))?", str(text).strip().lower(), re.ASCII)
+    if match is None:
+        raise UsageError(f"{option}={text} is no image size; write a side as 256, or height and width as 256x384.")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def check_image_size(size: tuple[int, int], patch_size: int, option: str = "--image-size") -> None:
+    """Raises UsageError, naming `option`, unless height and width are positive multiples of the patch size."""
+    if any(side < 1 or side % patch_size for side in size):
+        raise UsageError(
+            f"{option}={write_image_size(size)} must be a positive multiple of the network's patch size, {patch_size}"
+            f"{', in height and width' if size[0] != size[1] else ''}."
+        )
+
+
+def write_image_size(size: tuple[int, int]) -> str:
+    """As `parse_image_size` reads it: "256", or "256x384"."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"

@@ -127,6 +127,18 @@ def test_a_network_measures_as_by_hand():
     np.testing.assert_allclose(measured.transformer, log / log.max(), rtol=1e-5)
 
 
+def test_images_that_are_wider_than_high():
+    """Energies are per block, whatever the size; height is not width."""
+    settings = {"images": 3, "seed": 0, "batch_size": 8, "steps": 1}
+    g = Golden("deco_c2i")
+    wide = measure_spectra(g.model(), g.params(), image_size=(72, 136), **settings)
+    high = measure_spectra(g.model(), g.params(), image_size=(136, 72), **settings)
+    square = measure_spectra(g.model(), g.params(), image_size=(72, 72), **settings)
+    assert wide.image_size == (72, 136) and square.image_size == 72
+    assert 0.5 < wide.velocity_energy_64.sum() / square.velocity_energy_64.sum() < 2, "per block, whatever the size"
+    assert relative_error(wide.velocity_energy_64, high.velocity_energy_64) > 1e-4
+
+
 def test_a_hundred_times_as_many_steps_need_hardly_more_memory():
     """A step leaves its energies, 2 × 64 numbers per image; its tokens and velocities are not kept."""
 
@@ -198,7 +210,7 @@ def test_the_command(tmp_path, capsys, baseline):
     arguments = ["spectra", "--checkpoint", run, "--against", baseline, "--out", str(out), "--num", "3", "--steps", "2"]
     main([*arguments, "--image-size", "40"])
     text = capsys.readouterr().out
-    assert "run: 3 images of 40², 2 steps, shift 1" in text and "run.safetensors  0." in text
+    assert "run: 3 images of 40×40 pixels, 2 steps, shift 1" in text and "run.safetensors  0." in text
     content = json.loads((out / "spectra.json").read_text())["networks"]
     assert content["run"]["origin"] == f"{run}, ema weights, in bfloat16"
     assert 0 < content["run"]["transformer"]["last_bin"] < 1 and content["run.safetensors"]["velocity"]["last_bin"] > 0
@@ -209,7 +221,7 @@ def test_the_command(tmp_path, capsys, baseline):
     assert "already holds spectra; choose another folder or pass --overwrite" in capsys.readouterr().err
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
     main(["spectra", "--checkpoint", run, "--out", str(out), "--num", "2", "--steps", "2", "--overwrite"])
-    assert "2 images of 40², 2 steps" in capsys.readouterr().out, "the image size is the run's own"
+    assert "2 images of 40×40 pixels, 2 steps" in capsys.readouterr().out, "the image size is the run's own"
     assert list(json.loads((out / "spectra.json").read_text())["networks"]) == ["run"]
 
 

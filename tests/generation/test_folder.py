@@ -11,9 +11,10 @@ import sys
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from benchmarks.digits import DigitClassifier
+from deco_jax.checkpoints import store
 from deco_jax.cli import main
 from deco_jax.config import default_config
 from deco_jax.data.sources import Digits
@@ -21,6 +22,7 @@ from deco_jax.diffusion.flow import to_uint8
 from deco_jax.generation import folder as module
 from deco_jax.generation.batches import generate
 from deco_jax.generation.folder import _grid_by_label, _missing
+from deco_jax.pretrained.load import Pretrained, load_pretrained
 from deco_jax.sampling.pictures import make_grid, save_png
 from deco_jax.sampling.sample import image_noise, sample
 from deco_jax.sampling.settings import Sampling
@@ -123,6 +125,63 @@ def test_pictures_are_added_to_those_of_the_same_settings(tmp_path, capsys, monk
     assert "already holds pictures; choose another folder or pass --overwrite" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("quick_compile")
+def test_pictures_of_earlier_versions_are_added_to(tmp_path, capsys):
+    """Their sample.json has a side, and nothing about a negative label."""
+    main([*SAMPLE, "--num=2", "--out", str(tmp_path)])
+    file = tmp_path / "sample.json"
+    how = json.loads(file.read_text())
+    assert how["image_size"] == [8, 8] and how.pop("negative") is None
+    file.write_text(json.dumps(how | {"image_size": 8}))
+    main([*SAMPLE, "--num=3", "--out", str(tmp_path)])
+    assert "of which 2 are there already" in capsys.readouterr().out
+    file.write_text(json.dumps(how | {"image_size": 16}))
+    with pytest.raises(SystemExit):
+        main([*SAMPLE, "--num=3", "--out", str(tmp_path)])
+    assert "in another way (image_size: [16, 16] there, [8, 8] here)" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_wide_pictures_led_away_from_a_class_and_their_ways(tmp_path, capsys):
+    """trajectory.gif: the noise, two states on the way, the grid itself; the pictures are those without it."""
+    wide = [*SAMPLE, "--image-size=8x16", "--steps=5", "--guidance=3", "--negative=2", "--labels=0,1", "--num=5"]
+    for name, more in {"plain": [], "film": ["--trajectory=2", "--batch-size=1"]}.items():
+        main([*wide, *more, "--out", str(tmp_path / name)])
+    assert "5 images of 8×16 pixels" in capsys.readouterr().out
+    assert json.loads((tmp_path / "film" / "sample.json").read_text())["negative"] == 2
+    grid = np.asarray(Image.open(tmp_path / "film" / "grid.png")).astype(int)
+    assert grid.shape == (17, 50, 3), "two rows of three, one pixel apart"
+    assert np.abs(grid - np.asarray(Image.open(tmp_path / "plain" / "grid.png"))).max() <= 1
+    film = Image.open(tmp_path / "film" / "trajectory.gif")
+    frames = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(film)]
+    far = [np.abs(frame - grid).mean() for frame in frames]
+    assert len(frames) == 4 and far[-1] < 8 and far == sorted(far, reverse=True), f"{far}: noise first, images last"
+    model, params = load_pretrained(LIGHTNING, dtype="float32")
+    noise = image_noise(jax.random.key(0), np.arange(5), (8, 16, 3))
+    settings = Sampling(5, guidance=3.0)
+    away = sample(model, params, [0, 1, 0, 1, 0], noise=noise, negative=[2] * 5, settings=settings)
+    ours = np.asarray(Image.open(tmp_path / "plain" / "00003.png")).astype(int)
+    assert np.abs(ours - np.asarray(to_uint8(away))[3]).max() <= 1
+
+
+def test_classes_have_the_names_of_the_data(tmp_path, monkeypatch):
+    """Of a checkpoint of ours; ImageNet's where they are WordNet ids, or where nobody says of a thousand classes."""
+    config = default_config()
+    config.model.num_classes = 3
+    found = Pretrained("run", config, checkpoint=(tmp_path, 1))
+    for names, expected in {
+        ("cat", "dog"): ("cat", "dog"),
+        ("n01440764", "own"): ("n01440764 tench, Tinca tinca", "own"),
+        (): (),
+    }.items():
+        monkeypatch.setattr(store, "read_meta", lambda *_, names=names: {"class_names": list(names)})
+        assert found.class_names == expected
+    config.model.num_classes = 1000
+    assert found.class_names[207] == "n02099601 golden retriever" and len(found.class_names) == 1000
+    monkeypatch.setattr(store, "read_meta", lambda *_: {})
+    assert found.class_names == Pretrained("file.ckpt", config).class_names, "a meta of before names were kept"
+
+
 def test_ctrl_c_keeps_what_is_drawn_of_a_billion_images(tmp_path):
     """The first pictures come at once, though nobody could wait for the last."""
     command = [sys.executable, "-m", "deco_jax", *SAMPLE, "--num=1000000000", "--out", str(tmp_path)]
@@ -159,6 +218,14 @@ def test_pictures_in_a_bucket(bucket, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--image-size=8x10"],
+            "--image-size=8x10 must be a positive multiple of the network's patch",
+        ),
+        (["--image-size=8by8"], "--image-size=8by8 is no image size; write a side as 256, or height and width"),
+        (["--labels=cat"], "--labels=cat is not understood"),
+        (["--negative=0,1"], "--negative=0,1 says 2 labels; write one"),
+        (["--trajectory=-1"], "--trajectory=-1 must be at least 0"),
         (["--guidance=-1"], "guidance=-1.0 must be a finite number, 0 or more; 1 is none"),
         (["--num=3000000000"], "--num=3000000000 must be at least 1, and at most 2147483647"),
         (["--out=/proc/none"], "/proc/none/sample.json cannot be written"),
