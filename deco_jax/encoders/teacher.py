@@ -88,10 +88,16 @@ def check_grids(config: ConfigDict) -> None:
         )
 
 
-def find_weights(weights: str, cache: str) -> pathlib.Path:
+def find_weights(weights: str, cache: str, field: str = "teacher.weights", where: str = WHERE) -> pathlib.Path:
     """The file or folder of this machine that `teacher.weights` names: there, in the cache, or downloaded into it.
 
     Both may be addresses in a bucket, which is then copied once per machine; so is what is downloaded.
+
+    Args:
+      weights: a file, a folder, or a name.
+      cache: a folder.
+      field: what a user calls `weights`, for messages.
+      where: what a message says on where to get them.
 
     Raises:
       TransientError: Hugging Face, or the bucket, does not answer.
@@ -101,9 +107,9 @@ def find_weights(weights: str, cache: str) -> pathlib.Path:
     for path in (given,) if storage.is_remote(weights) else (given, cached):
         if weights and _exists(path):
             return storage.local_copy(path)
-    problem = f"teacher.weights={weights!r} is no file or folder here, nor in teacher.cache={cache}"
+    problem = f"{field}={weights!r} is no file or folder here, nor in teacher.cache={cache}"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", weights) or given.suffix in (".pth", ".pt", ".safetensors"):
-        raise UsageError(f"{problem}. {WHERE}")
+        raise UsageError(f"{problem}. {where}")
     lock = pathlib.Path(tempfile.gettempdir(), f"deco_jax_{os.getuid()}", f"{cached}".replace("/", "_"))
     what, end = f"downloading {weights} from Hugging Face", time.monotonic() + storage.patience()
     try:
@@ -111,12 +117,12 @@ def find_weights(weights: str, cache: str) -> pathlib.Path:
             if not _exists(cached):
                 storage.retried(what, lambda: _download(weights, cached), end - time.monotonic())
     except TransientError as error:
-        raise TransientError(f"{problem}, and {error}. {WHERE}") from error
+        raise TransientError(f"{problem}, and {error}. {where}") from error
     except Exception as error:  # of a library that reports a wrong name in many ways
         if is_transient(error):
             raise
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-        raise UsageError(f"{problem}, and downloading it from Hugging Face failed ({reason}). {WHERE}") from error
+        raise UsageError(f"{problem}, and downloading it from Hugging Face failed ({reason}). {where}") from error
     return storage.local_copy(cached)
 
 

