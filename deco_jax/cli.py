@@ -203,7 +203,7 @@ def _add_sample(commands: Any) -> None:
     _add_drawing(parser, 64, out=out, files="pictures", num="images", seed=seed)
     _add_labels(parser)
     parser.add_argument("--negative", metavar="LABEL", help="guidance leads away from it (default: from no class)")
-    text = "also writes a GIF of each image's way, with every K-th step"
+    text = "also trajectory.gif: the first 64 images after every K-th step (default: none)"
     parser.add_argument("--trajectory", type=int, default=0, metavar="K", help=text)
     _add_sampler(parser)
 

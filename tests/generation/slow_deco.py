@@ -1,0 +1,32 @@
+"""`deco`, but shards hold eight images, and every batch, packing and removing a shard take DECO_TEST_SECONDS each."""
+
+import os
+import time
+
+import jax
+
+from deco_jax import cli
+from deco_jax.generation import shards
+
+jax.config.update("jax_disable_most_optimizations", True)
+SECONDS = float(os.environ.get("DECO_TEST_SECONDS", "0"))
+shards.SHARD_IMAGES, generate, read_shards, remove = 8, shards.generate, shards._read_shards, shards._remove
+
+
+def each_slowly(items, every):
+    for k, item in enumerate(items):
+        if k % every == 0:
+            time.sleep(SECONDS)
+        yield item
+
+
+def remove_slowly(path):
+    time.sleep(SECONDS)
+    remove(path)
+
+
+shards.generate = lambda *arguments: each_slowly(generate(*arguments), 4)
+shards._read_shards = lambda *arguments: each_slowly(read_shards(*arguments), 1)
+shards._remove = remove_slowly
+if __name__ == "__main__":
+    cli.main()
