@@ -11,10 +11,12 @@ from ml_collections import ConfigDict
 from deco_jax.data.sources import SOURCES
 from deco_jax.diffusion.flow import PREDICTIONS, TIME_DISTRIBUTIONS
 from deco_jax.diffusion.frequency import WEIGHT_MODES
+from deco_jax.encoders.features import FEATURES
 from deco_jax.errors import UsageError
 from deco_jax.models.build import KINDS
 from deco_jax.models.dit import REMAT_POLICIES
 from deco_jax.models.pixel_decoder import INTERACTIONS
+from deco_jax.sampling.solvers import SOLVERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,18 +143,26 @@ FIELDS: dict[str, Field] = {
     "train.keep": free(3, "most recent checkpoints kept", low=1),
     "train.keep_every": free(50_000, "checkpoints at multiples of this are kept for good; 0 = none", low=0),
     "train.sample_every": free(5_000, "steps between sample grids; 0 = none", low=0),
+    "train.evaluate_every": free(0, "steps between small evaluations (see evaluate); 0 = none", low=0),
     "train.compilation_cache": free("compilation_cache", 'folder of compiled programs, within the workdir if relative; '
                                     '"" = none'),
     "train.profile_at": free(0, "the five steps from this one on are profiled, in WORKDIR/profile; 0 = none", low=0),
     "train.heartbeat_timeout": free(100, "seconds of silence after which a process of the run counts as dead", low=5),
 
+    # The small evaluation of a run's moving average, with the settings of `sample`; `deco evaluate` is the large one.
+    "evaluate.num": free(5_000, "images", low=2),
+    "evaluate.batch_size": free(256, "of them at a time, over all devices", low=1),
+    "evaluate.features": free("inception", "network that sees them", choices=tuple(FEATURES)),
+    "evaluate.weights": free("", 'its weights: a file or folder; "" = looked up in teacher.cache, or installed'),
+    "evaluate.reference": free("", "of the data: reference.npz of `deco stats`, or the ADM suite's"),
+
     # Sample grids of a run, and the defaults of `deco sample`. sampling/settings.py checks the sampler's ranges.
     "sample.steps": free(50, "of the solver"),
     "sample.guidance": free(1.0, "classifier-free guidance; 1 = none"),
-    "sample.guidance_interval": free((0.0, 1.0), "guidance acts where low < t ≤ high"),
+    "sample.guidance_interval": free((0.0, 1.0), "guidance acts where low < t ≤ high (adams: t < high)"),
     "sample.shift": free(1.0, "time shift of the sampler's grid"),
     "sample.last": free(0.0, "length of the sampler's last step, before the shift; 0 = 1/steps"),
-    "sample.solver": free("euler", "see sampling/solvers.py"),
+    "sample.solver": free("euler", "integrates the velocity (docs/model.md, 7)", choices=tuple(SOLVERS)),
     "sample.num": free(64, "images in a grid", low=1),
 }
 # fmt: on

@@ -19,6 +19,7 @@ from deco_jax.training import start
 from deco_jax.training.feed import Feed
 from deco_jax.training.goodput import Clock
 from deco_jax.training.hooks import Profile, SampleGrids
+from deco_jax.training.online import OnlineEvaluation
 from deco_jax.training.optimizer import check_schedule
 from deco_jax.training.report import Reporter
 from deco_jax.training.step import jit_step, step_flops
@@ -53,7 +54,10 @@ def train(config: ConfigDict, workdir: str) -> None:
             parameters = sum(x.size for x in jax.tree.leaves(abstract.params["network"]))
             meta = store.make_meta(
                 config, parts.fingerprint, parameters, __version__, parts.digests, source.class_names
-            ) | {"data_contents": source.contents()}
+            ) | {
+                "data_contents": source.contents(),
+                "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+            }
             job.claim(lambda: store.set_aside_incomplete(folder))
             checkpoints = store.Checkpoints(folder, config.train.keep, config.train.keep_every)
             job.closing.callback(checkpoints.close)
@@ -80,7 +84,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         batch_size, rows = config.data.batch_size, meshes.host_rows(mesh, config.data.batch_size)
         program = jit_step(train_step, abstract, layout)
         frozen = {weights.network.name: weights.place(layout) for weights in parts.frozen}
-        features = parts.features
+        features, judge = parts.features, parts.judge
         del parts  # and with it the frozen networks' copies on this host
 
         flops, mirror = step_flops(train_step, config.data.image_size), Mirror(folder)
@@ -91,22 +95,26 @@ def train(config: ConfigDict, workdir: str) -> None:
         bad = pipeline.BadRecords(source, config.data, seen, log=job.first)
         watch = Watch(bad, config.train.max_nonfinite, checkpoints, config.train.save_minutes)
         sample_grid = SampleGrids(config, train_step.network, layout)
+        evaluation = OnlineEvaluation(config, train_step.network, layout, judge)
+        job.closing.callback(evaluation.close)
         started_at, batches = step, pipeline.batches(config.data, config.seed, source, step, rows, features)
         with meshes.use_mesh(layout), contextlib.closing(Feed(batches, job.stop)) as feed:
             while True:
                 job.check()
                 reporter.tell(checkpoints.news())
+                reporter.evaluated(evaluation.news())
                 finished, stopping = step >= config.train.steps, watch.told_to_stop(job.stop)
                 ending = finished or stopping
                 to_sample = _due(step, config.train.sample_every, finished) and (finished or not stopping)
+                to_evaluate = _due(step, config.train.evaluate_every, finished) and (finished or not stopping)
                 to_save = watch.save_agreed or _due(step, config.train.save_every, ending)
-                if to_sample or to_save:
+                if to_sample or to_evaluate or to_save:
                     watch.finish()  # nothing is saved as a step that it is not
                 if watch.last_whole is not None:
-                    step, to_sample, to_save, ending = watch.last_whole, False, True, True
+                    step, to_sample, to_evaluate, to_save, ending = watch.last_whole, False, False, True, True
                     reporter.return_to(step)
 
-                if step > started_at and (to_sample or to_save):
+                if step > started_at and (to_sample or to_evaluate or to_save):
                     reporter.write()
                     if to_sample:
                         with clock.phase("eval"):
@@ -116,6 +124,9 @@ def train(config: ConfigDict, workdir: str) -> None:
                             checkpoints.save(step, state, meta, sorted(bad.seen))
                         reporter.saving(step)
                         watch.saved()
+                    if to_evaluate:
+                        with clock.phase("eval"):
+                            evaluation(step, state.ema)
                 if ending:
                     break
 
@@ -138,6 +149,8 @@ def train(config: ConfigDict, workdir: str) -> None:
                     reporter.after(step, metrics)
         with clock.phase("checkpoint"):
             checkpoints.wait()
+        with clock.phase("eval"):
+            reporter.evaluated(evaluation.news(wait=True))
         reporter.tell(checkpoints.news())
         saved = checkpoints.latest()
         what = "nothing was trained" if saved is None else f"step {saved} is saved"

@@ -16,6 +16,7 @@ from deco_jax.parallel.hardware import peak_flops
 from deco_jax.sampling.pictures import save_png
 from deco_jax.storage import Mirror
 from deco_jax.training.goodput import Clock, Goodput
+from deco_jax.training.online import Evaluated
 
 COPY_EVERY = 60.0  # seconds between copies of what was written, where the workdir is in a bucket
 
@@ -86,6 +87,13 @@ class Reporter:
         if self.writers is not None:
             self.writers.picture(step, grid_HxWx3)
 
+    def evaluated(self, found: Iterable[Evaluated]) -> None:
+        """Keeps what evaluations found, and says it."""
+        for one in found:
+            values = ", ".join(f"{name} {value:.4g}" for name, value in one.metrics.items())
+            self.progress.say(f"Evaluation of step {one.step}, {one.about['images']} images: {values}.")
+            self.writers.evaluation(one)
+
     def tell(self, lines: Iterable[str]) -> None:
         """Prints lines as they are."""
         for line in lines:
@@ -117,7 +125,8 @@ class Reporter:
 
 
 class Writers:
-    """Scalars and pictures of a run: `metrics.jsonl`, one line per logged step; `tensorboard/`; `samples/`.
+    """Scalars and pictures of a run: `metrics.jsonl`, one line per logged step; `tensorboard/`; `samples/`; and
+    `evaluation.jsonl`, one line per evaluation.
 
     A resumed run appends. What the disk or bucket does not take is missing, with a warning: no reason to end a run.
     """
@@ -126,6 +135,7 @@ class Writers:
         import tensorboardX  # imports torch where that is installed, so not before a run needs it
 
         self.folder, self.path = mirror.folder, mirror.fetch("metrics.jsonl")
+        mirror.fetch("evaluation.jsonl")
         self.jsonl = self._open()
         self.tensorboard = tensorboardX.SummaryWriter(str(self.folder / "tensorboard"))
 
@@ -148,6 +158,15 @@ class Writers:
         with going_on("samples"):
             save_png(grid_HxWx3, self.folder / "samples" / f"step_{step:08d}.png")
             self.tensorboard.add_image("samples", grid_HxWx3, step, dataformats="HWC")
+
+    def evaluation(self, found: Evaluated) -> None:
+        """Adds a line to `evaluation.jsonl`, and the metrics to TensorBoard."""
+        line = {"step": found.step, "time": time.time(), "metrics": found.metrics, **found.about}
+        with going_on("evaluation.jsonl"):
+            with (self.folder / "evaluation.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            for name, value in found.metrics.items():
+                self.tensorboard.add_scalar(f"evaluation/{name}", value, found.step)
 
     def flush(self) -> None:
         """What was written so far outlives this process, also in a mounted bucket, which stores what is closed."""

@@ -25,6 +25,7 @@ from deco_jax.parallel import processes
 from deco_jax.parallel.mesh import Layout
 from deco_jax.pretrained.load import Pretrained, open_pretrained
 from deco_jax.storage import AnyPath
+from deco_jax.training.online import Judge
 from deco_jax.training.overview import parameter_table
 from deco_jax.training.state import TrainState
 from deco_jax.training.step import TrainStep, make_train_step
@@ -40,6 +41,7 @@ class Parts:
     train_step: TrainStep
     frozen: tuple[FrozenWeights, ...]  # of the networks in the step
     features: StoredFeatures | None  # a teacher's, in place of the teacher
+    judge: Judge | None  # of small evaluations
     fingerprint: str  # of the data
 
     @property
@@ -65,7 +67,8 @@ def open_parts(config: ConfigDict) -> Parts:
         frozen = (load_teacher(config),)
     train_step = make_train_step(config, [weights.network for weights in frozen])
     train_step.network.condition.check_data(source.condition)
-    return Parts(layout, source, train_step, frozen, features, fingerprint(config.data, config.seed, source))
+    order = fingerprint(config.data, config.seed, source)
+    return Parts(layout, source, train_step, frozen, features, Judge.open(config), order)
 
 
 def keep_decoding(config: ConfigDict, workdir: AnyPath) -> tuple[ConfigDict, list[str]]:
@@ -97,6 +100,9 @@ def check_processes_agree(config: ConfigDict, parts: Parts) -> None:
     processes.assert_equal("the configuration (a hash)", settings)
     processes.assert_equal("the data's fingerprint", parts.fingerprint)
     processes.assert_equal("the frozen networks (hashes)", str(parts.digests))
+    if parts.judge is not None:
+        judged = f"{parts.judge.features.digest}, {parts.judge.reference.hash}"
+        processes.assert_equal("what the evaluation sees and compares with (hashes)", judged)
 
 
 def check_devices(config: ConfigDict, mesh: Mesh) -> None:
