@@ -12,16 +12,17 @@ features in place of Inception's, and a reference of `deco stats`. Its figures m
 
 import argparse
 import dataclasses
-import json
 import os
-import pathlib
 
 import jax
 
 from deco_jax.cli import HEARTBEAT_TIMEOUT, exit_codes
 from deco_jax.errors import UsageError
 from deco_jax.evaluation.evaluate import evaluate
-from deco_jax.parallel.processes import initialize
+from deco_jax.evaluation.measure import read_result
+from deco_jax.parallel import processes
+from deco_jax.pretrained.load import open_pretrained
+from deco_jax.storage import to_path
 
 NUM = 50_000
 WEIGHTS = {
@@ -70,8 +71,18 @@ def pairs(texts: list[str], allowed: list[str], option: str) -> dict[str, str]:
     return found
 
 
+def check(weights: dict[str, str], references: dict[str, str]) -> None:
+    """Raises UsageError for a path that holds nothing, before the first row takes its hours."""
+    for path in weights.values():
+        open_pretrained(path)
+    for side, path in references.items():
+        if not to_path(path).exists():
+            raise UsageError(f"--reference={side}={path} does not exist.")
+
+
 def run(out: str, weights: dict[str, str], references: dict[str, str], rehearse: int | None, num: int) -> None:
     """Measures every row that it can, and prints the table after each."""
+    processes.agree(lambda: check(weights, references))
     measured: dict[str, dict[str, float]] = {}
     for name, row in ROWS.items():
         side = rehearse or row.side
@@ -98,7 +109,7 @@ def run(out: str, weights: dict[str, str], references: dict[str, str], rehearse:
         if not done:  # it was told to stop
             return
         if jax.process_index() == 0:
-            measured[name] = json.loads((pathlib.Path(folder) / "metrics.json").read_text())["metrics"]
+            measured[name] = read_result(to_path(folder))["metrics"]
             say(table(measured, num, rehearse))
 
 
@@ -138,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rehearse", type=int, metavar="SIDE", help="run all with a small network")
     given = parser.parse_args(arguments)
     with exit_codes():
-        initialize(HEARTBEAT_TIMEOUT)
+        processes.initialize(HEARTBEAT_TIMEOUT)
         sides = ["256", "512"] if given.rehearse is None else [str(given.rehearse)]
         weights = pairs(given.weights, list(WEIGHTS), "--weights")
         run(given.out, weights, pairs(given.reference, sides, "--reference"), given.rehearse, given.num)

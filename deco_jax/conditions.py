@@ -94,8 +94,11 @@ class ClassLabels:
                 labels.append(find_class(part, names, option))
             elif match is None or (match[2] and int(match[2]) < int(match[1])):
                 raise UsageError(f"{option}={text} is not understood; write for instance 0,1,5-9 or null or all.")
-            else:
-                labels += ["null"] if match[1] is None else range(int(match[1]), int(match[2] or match[1]) + 1)
+            elif match[1] is None:
+                labels.append("null")
+            else:  # of what does not exist, only as much as the message shows
+                first, last = int(match[1]), int(match[2] or match[1])
+                labels += range(first, min(last, max(first, self.num_classes) + 4) + 1)
             start = stop
         self.read(labels)
         return labels

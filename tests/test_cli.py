@@ -143,6 +143,7 @@ def test_a_killed_run_resumes_exactly(interrupted, tmp_path, workers):
     assert len(common) >= 8 and all(losses[0][k] == losses[1][k] for k in common)
 
 
+@pytest.mark.slow
 def test_the_second_start_of_a_run_compiles_no_step_again(tmp_path):
     env = {name: value for name, value in ENV.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     env["JAX_LOG_COMPILES"] = "1"
@@ -242,7 +243,7 @@ def test_mistakes_are_one_line(args, message, tmp_path):
         (["--labels", "10"], 'labels 10 do not exist; the network has the classes 0 to 9 and, by that name, "null"'),
         (["--labels", "5-3"], "--labels=5-3 is not understood"),
         (["--image-size", "27"], "--image-size=27 must be a positive multiple of the network's patch size, 7"),
-        (["--image-size", "0"], "--image-size=0 must be"),
+        (["--image-size", "0"], "--image-size=0 is no image size"),
         (["--seed", str(2**40)], "--seed=1099511627776 must be from 0"),
         (["--steps", "-3"], "steps=-3 must be at least 1"),
         (["--num", "0"], "--num=0"),

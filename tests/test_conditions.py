@@ -32,6 +32,8 @@ def test_what_users_ask_for():
             TEN.parse(text)
     with pytest.raises(UsageError, match="labels 10, 11 do not exist; the network has the classes 0 to 9"):
         TEN.parse("8-11")
+    with pytest.raises(UsageError, match="labels 10, 11, 12, 13, 14 do not exist"):
+        TEN.parse(f"0-{10**15}")
 
 
 def test_classes_are_asked_for_by_name():

@@ -88,7 +88,7 @@ def test_an_unknown_choice_is_refused(name):
     [("steps", 0), ("guidance", float("inf")), ("shift", 0.0), ("last", 1.0), ("last", -0.1), ("solver", "magic")],
 )
 def test_the_samplers_settings_are_checked_with_the_rest(name, value):
-    with pytest.raises(UsageError, match=f"^{name}="):
+    with pytest.raises(UsageError, match=rf"^(sample\.)?{name}="):
         check_config(with_value(f"sample.{name}", value))
 
 
@@ -177,6 +177,8 @@ def test_the_files_of_version_1_are_read_whole():
         then["sample.guidance_interval"] = tuple(then["sample.guidance_interval"])
         assert "config_version" not in values and "sample.last" not in then
         younger = {"sample.last": 0.0, "data.max_bad_share": 0.1, "train.save_minutes": 30.0, "train.reschedule": False}
+        younger |= {name: field.default for name, field in FIELDS.items() if name.startswith("evaluate.")}
+        younger |= {"train.evaluate_every": 0}
         decoding = {"data.orient": False, "data.background": ""}
         assert flatten(restore_config(values, name)) == then | younger | decoding
 

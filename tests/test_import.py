@@ -76,9 +76,10 @@ MODULES = {
     "ml-dtypes": "ml_dtypes",
     "orbax-checkpoint": "orbax",
     "pillow": "PIL",
+    "protobuf": "google",
     "tensorflow-datasets": "tensorflow_datasets",
 }
-OPTIONAL = {"diffusers", "matplotlib", "torch"}  # in pyproject.toml's extras
+OPTIONAL = {"diffusers", "jinja2", "matplotlib", "plotly", "torch"}  # in pyproject.toml's extras
 
 
 def imported_modules():

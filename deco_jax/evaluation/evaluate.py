@@ -49,11 +49,8 @@ def evaluate(
       UsageError: see `measure` and `measure_sweep`.
     """
 
-    def look() -> tuple[Judge, dict[str, list[Any]]]:
-        points = parse_sweep(sweep)  # the quickest to check comes first
-        return Judge.open(load_networks(features, feature_weights), reference), points
-
     with processes.fail_together():
-        judge, fields = processes.agree(look)
+        fields = processes.agree(lambda: parse_sweep(sweep))  # connects the processes before any of them takes long
+        judge = processes.agree(lambda: Judge.open(load_networks(features, feature_weights), reference))
     request = Request(source, num, labels, seed, weights, dtype, batch_size, sampling)
     return measure_sweep(request, judge, out, fields) if fields else measure(request, judge, out)

@@ -5,6 +5,7 @@ would be a metric of something else. Only of a data set, whose broken records tr
 """
 
 import concurrent.futures
+import dataclasses
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from deco_jax.data.pipeline import BadRecords
 from deco_jax.data.reading import list_files, read_bytes
 from deco_jax.data.sources import SUFFIXES, open_source
 from deco_jax.errors import TransientError, UsageError
+from deco_jax.sampling.settings import Sampling
 from deco_jax.storage import AnyPath
 
 ARRAY = "arr_0"  # of an .npz, as the ADM suite reads it
@@ -252,7 +254,8 @@ def _pictures(root: AnyPath) -> Iterator[str]:
 
 
 def _settings_beside(path: AnyPath) -> dict[str, Any] | None:
-    """What generation.json or sample.json beside a file says."""
+    """What generation.json or sample.json beside a file says; None if there is none of ours."""
+    needed = {"source", "seed", "labels", *(field.name for field in dataclasses.fields(Sampling))}
     for name in MADE:
         file = path.parent / name
         with storage.reading(file):
@@ -261,6 +264,6 @@ def _settings_beside(path: AnyPath) -> dict[str, Any] | None:
             said = json.loads(text or "null")
         except ValueError:  # of somebody else
             said = None
-        if isinstance(said, dict):
+        if isinstance(said, dict) and needed <= said.keys():
             return said
     return None

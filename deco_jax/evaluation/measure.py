@@ -111,7 +111,8 @@ def look_into(request: Request, judge: Judge) -> Plan:
         size = parse_image_size(changes.pop("image_size", None)) or (found.config.data.image_size,) * 2
         settings = Sampling.from_config(found.config.sample, **changes)
         number = NUM if number is None else number
-        asked = {"source": str(found), "weights": request.weights, "dtype": found.config.model.dtype}
+        asked = {"source": str(found), "fingerprint": found.fingerprint}
+        asked |= {"weights": request.weights, "dtype": found.config.model.dtype}
         asked |= {"seed": request.seed, "labels": request.labels, "image_size": list(size)}
         asked |= dataclasses.asdict(settings)
     else:
@@ -158,7 +159,11 @@ def measure(request: Request, judge: Judge, out: str, cache: AnyPath | None = No
         plan = processes.agree(lambda: look_into(request, judge))
         text = json.dumps(plan.asked, sort_keys=True)
         processes.assert_equal("what is evaluated", hashlib.sha256(text.encode()).hexdigest())
+        left_over = ("features", "reference", *(() if keep or plan.images is not None else ("samples",)))
         if processes.broadcast(processes.agree(lambda: _look_at(job, plan.asked))) == "done":
+            if job.first:
+                for name in left_over:  # an earlier start may have died before it was at that
+                    remove(job.folder / name)
             job.say(f"{job.folder} is done:")
             _show(job)
             return True
@@ -181,7 +186,7 @@ def measure(request: Request, judge: Judge, out: str, cache: AnyPath | None = No
 
         def complete() -> None:
             _write(job, _compute(plan, judge, images, parts, real, seconds))
-            for name in ("features", "reference", *(() if keep or plan.images is not None else ("samples",))):
+            for name in left_over:
                 remove(job.folder / name)
 
         if not job.finish(missing, complete):

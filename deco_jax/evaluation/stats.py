@@ -58,6 +58,8 @@ def compute_stats(
             found = SourceImages(config.data) if images is None else open_images(images)
             if num is not None and not 2 <= num <= len(found):
                 raise UsageError(f"--num={num} must be from 2 to {len(found)}, the images of {found.source}.")
+            if len(found) < 2:
+                raise UsageError(f"{found.source} holds {len(found)} image; of 2 or more there is a covariance.")
             return found, len(found) if num is None else num, networks
 
         found, number, networks = processes.agree(look)

@@ -12,6 +12,7 @@ start has left, the same command makes what is missing and nothing else.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -44,9 +45,8 @@ from deco_jax.pretrained.load import Pretrained, open_pretrained
 from deco_jax.sampling.settings import Sampling, check_image_size, parse_image_size
 from deco_jax.storage import AnyPath
 
-SETTINGS, SAMPLES = "generation.json", "samples.npz"
+SETTINGS, SAMPLES, OTHER = "generation.json", "samples.npz", "choose another folder"
 SHARD_IMAGES, SHARD_BYTES = 1000, 2**27  # of a shard, at most, unless a batch is more
-OTHER = "choose another folder"
 # What a killed start leaves of a shard, of a picture, or of the other files.
 DRAFT = re.compile(r"\.(?:samples-(\d+)\.npy|(\d+)\.png|samples\.npz|generation\.json)\.")
 
@@ -111,9 +111,7 @@ def generate_samples(
         processes.agree(lambda: _is_of(job, plan.how))  # before anything is written there
         job.claim(lambda: _begin(job, plan, png))
 
-        def missing() -> list[int]:
-            return missing_shards(job.folder, plan)
-
+        missing = functools.partial(missing_shards, job.folder, plan)
         left = missing()
         if processes.broadcast("draw" if left else "pack") == "draw":
             job.say(_summary(plan, left))
@@ -173,7 +171,8 @@ class Plan:
     def how(self) -> dict[str, Any]:
         """All that the images depend on, but for the numbers in the network: the content of generation.json."""
         wanted = {"num": self.num, "labels": str(self.wanted), "negative": self.wanted.negative}
-        how = {"source": str(self.found), "weights": self.weights, "dtype": self.found.config.model.dtype}
+        how = {"source": str(self.found), "fingerprint": self.found.fingerprint}
+        how |= {"weights": self.weights, "dtype": self.found.config.model.dtype}
         sampler = dataclasses.asdict(self.settings) | {"guidance_interval": list(self.settings.guidance_interval)}
         size = {"image_size": list(self.image_size), "batch_size": self.batch_size}
         return how | {"seed": self.seed} | wanted | size | sampler
@@ -369,7 +368,9 @@ def _complete(job: Job, plan: Plan, png: bool) -> None:
             try:
                 with storage.writing(path):
                     write_npz(path, arrays)
-            except UsageError:  # another part that saw the last shard as well was faster, and has removed them
+            except UsageError as error:  # also Stopped, in a bucket; or another part was faster, and has removed shards
+                if isinstance(error.__cause__, Stopped):
+                    return
                 if not path.exists():
                     raise
         if png:

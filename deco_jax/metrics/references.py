@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,13 +32,18 @@ class Reference:
     image_size: tuple[int, int] | None = None  # height, width; None likewise
     source: str = ""  # what the images are
     has_images: bool = False  # the file holds images, of which vectors can be made
+    images_crc32: int = 0  # of these
 
     @property
     def hash(self) -> str:
-        """Of the statistics: 16 hexadecimal digits."""
+        """Of all that metrics are computed with: 16 hexadecimal digits."""
         digest = hashlib.sha256()
         for array in (*self.pool, *(self.spatial or ())):
             digest.update(np.ascontiguousarray(array, np.float64))
+        if self.vectors is not None:
+            digest.update(np.ascontiguousarray(self.vectors, np.float32))
+        elif self.has_images:
+            digest.update(f"images {self.images_crc32:08x}".encode())
         return digest.hexdigest()[:16]
 
 
@@ -61,16 +67,20 @@ def read_reference(name: str, network: FeatureNetwork) -> Reference:
             )
         local = storage.local_copy(path)
     try:
+        if not zipfile.is_zipfile(local):
+            raise UsageError(f"{path} is no reference: it is no .npz, or a truncated one.")
         with np.load(local, allow_pickle=False) as file:
             return _read(file, f"{path}", network)
     except UsageError:
         raise
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, OSError) as error:
         raise UsageError(f"{path} is no reference, or is damaged ({type(error).__name__}: {error}).") from error
 
 
 def _read(file: Any, path: str, network: FeatureNetwork) -> Reference:
     meta = json.loads(str(file["meta"])) if "meta" in file else {}
+    if not isinstance(meta, dict) or not isinstance(meta.get("networks", {}), dict):
+        raise UsageError(f"{path} is of another program: its array meta is not what `deco stats` writes.")
     start = f"{network.name}/" if f"{network.name}/mu" in file else ""
     if not start and (network.name != "inception" or "mu" not in file):
         networks = sorted(meta.get("networks", {})) or (["inception"] if "mu" in file else [])
@@ -99,6 +109,7 @@ def _read(file: Any, path: str, network: FeatureNetwork) -> Reference:
         image_size=None if size is None else (int(size[0]), int(size[1])),
         source=meta.get("source", path),
         has_images=shape is not None,
+        images_crc32=0 if shape is None else file.zip.getinfo("arr_0.npy").CRC,
     )
 
 

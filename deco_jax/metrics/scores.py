@@ -7,7 +7,7 @@ from clu import metrics
 from deco_jax.errors import UsageError
 from deco_jax.metrics.frechet import Moments, frechet_distance
 from deco_jax.metrics.inception_score import SPLIT, InceptionScore
-from deco_jax.metrics.kernel import kernel_distance
+from deco_jax.metrics.kernel import SIZE, kernel_distance
 from deco_jax.metrics.neighbours import NEIGHBOURS, precision_recall
 from deco_jax.metrics.references import Reference
 
@@ -117,7 +117,8 @@ class Scores(metrics.Metric):
             if min(len(vectors), len(reference.vectors)) > NEIGHBOURS:
                 precision, recall = precision_recall(reference.vectors, vectors)
                 found |= {f"precision{end}": precision, f"recall{end}": recall}
-            found[f"kid{end}"] = kernel_distance(reference.vectors, vectors)
+            if len(reference.vectors) > 1:
+                found[f"kid{end}"] = kernel_distance(reference.vectors, vectors)
         return found
 
     def as_reference(self, digest: str, image_size: tuple[int, int], source: str) -> Reference:
@@ -144,6 +145,10 @@ def warnings_for(scores: Scores, reference: Reference) -> list[str]:
         told.append(f"{n:,} images: distances are larger than with {ENOUGH:,}; compare only with as many.")
     if n <= d:
         told.append(f"{n:,} images are fewer than the {d:,} features, so the covariance is singular.")
+    if reference.count is not None and reference.count <= d:
+        told.append(
+            f"The reference is of {reference.count:,} images, fewer than the {d:,} features, and singular as well."
+        )
     if scores.spatial.count and reference.spatial is None:
         told.append("The reference has no spatial statistics, so there is no sFID.")
     counts = scores.inception.count_S
@@ -154,6 +159,8 @@ def warnings_for(scores: Scores, reference: Reference) -> list[str]:
     else:
         if min(n, len(reference.vectors)) <= NEIGHBOURS:
             told.append(f"Precision and recall need more than {NEIGHBOURS} images.")
+        if (smallest := min(n, len(reference.vectors))) < SIZE:
+            told.append(f"KID is the mean over subsets of {SIZE:,} images; here they have {smallest:,}.")
         if len(reference.vectors) != VECTORS:
             told.append(
                 f"The reference has {len(reference.vectors):,} feature vectors; published precision and recall are "

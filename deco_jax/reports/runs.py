@@ -84,7 +84,7 @@ def read_run(workdir: AnyPath, name: str) -> Run:
             meta=meta,
             metrics=_columns(lines["metrics"]),
             goodput=[line for line in lines["goodput"] if isinstance(line.get("seconds"), dict)],
-            evaluations=[line for line in lines["evaluation"] if isinstance(line.get("metrics"), dict)],
+            evaluations=_last_of_each_step(lines["evaluation"]),
             grids=_grids(files),
             evaluated=_without_points([r for r in results if {"metrics", "reference"} <= r.content.keys()], results),
             sweeps=[r for r in results if isinstance(r.content.get("points"), list)],
@@ -185,6 +185,12 @@ def _columns(lines: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     ordered = [by_step[step] for step in sorted(by_step)]
     names = {"step": None, **{name: None for line in ordered for name in line}}
     return {name: np.array([line[name] if is_number(line.get(name)) else np.nan for line in ordered]) for name in names}
+
+
+def _last_of_each_step(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Evaluations in the order of their steps; a resumed run may have repeated one."""
+    found = {line["step"]: line for line in lines if isinstance(line.get("metrics"), dict)}
+    return [found[step] for step in sorted(found)]
 
 
 def _configuration(saved: dict[str, Any] | None, meta: dict[str, Any], notes: list[str]) -> dict[str, Any]:

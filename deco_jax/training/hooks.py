@@ -14,7 +14,7 @@ from deco_jax.diffusion.flow import to_uint8
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel.mesh import Layout
 from deco_jax.sampling.pictures import make_grid
-from deco_jax.sampling.sample import image_noise, sample
+from deco_jax.sampling.sample import image_keys, image_noise, sample
 from deco_jax.sampling.settings import Sampling
 
 GRID_COLUMNS = 8
@@ -34,13 +34,15 @@ class SampleGrids:
         rows = -(-self.number // GRID_COLUMNS)
         requests = np.repeat(self.network.condition.spread(rows), GRID_COLUMNS)
         drawn = meshes.round_up(len(requests), self.mesh)
-        noise = jax.jit(self._noise, static_argnums=0, out_shardings=meshes.batch_sharding(self.mesh))(drawn)
-        images = sample(self.network, ema, np.resize(requests, drawn), noise=noise, settings=self.settings)
+        draw = jax.jit(self._draws, static_argnums=0, out_shardings=meshes.batch_sharding(self.mesh))
+        noise, keys = draw(drawn)
+        images = sample(self.network, ema, np.resize(requests, drawn), noise=noise, keys=keys, settings=self.settings)
         return make_grid(meshes.fetch(to_uint8(images), self.mesh)[: self.number], GRID_COLUMNS)
 
-    def _noise(self, number: int) -> jax.Array:
-        """What the images of a grid start from, (number, H, W, 3)."""
-        return image_noise(jax.random.key(self.seed), jnp.arange(number), (self.side, self.side, 3))
+    def _draws(self, number: int) -> tuple[jax.Array, jax.Array]:
+        """What the images of a grid start from, (number, H, W, 3), and their keys (number,)."""
+        key, numbers = jax.random.key(self.seed), jnp.arange(number)
+        return image_noise(key, numbers, (self.side, self.side, 3)), image_keys(key, numbers)
 
 
 class Profile:

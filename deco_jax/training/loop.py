@@ -119,14 +119,14 @@ def train(config: ConfigDict, workdir: str) -> None:
                     if to_sample:
                         with clock.phase("eval"):
                             reporter.picture(step, sample_grid(state.ema))
+                    if to_evaluate:
+                        with clock.phase("eval"):
+                            evaluation(step, state.ema)
                     if to_save:
                         with clock.phase("checkpoint"):
                             checkpoints.save(step, state, meta, sorted(bad.seen))
                         reporter.saving(step)
                         watch.saved()
-                    if to_evaluate:
-                        with clock.phase("eval"):
-                            evaluation(step, state.ema)
                 if ending:
                     break
 

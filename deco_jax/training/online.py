@@ -123,7 +123,7 @@ class OnlineEvaluation:
         for future in done:
             try:
                 found.append(future.result())
-            except UsageError as error:  # images of a run that diverges, say
+            except Exception as error:  # images of a run that diverges, a host without memory
                 logging.warning("An evaluation failed, which does not end the run: %s", error)
         return found
 

@@ -18,6 +18,7 @@ SAFE = (
     "optimizer.",
     "ema.",
     "train.",
+    "evaluate.",
     "sample.",
     "mesh.",
     "teacher.",
@@ -140,6 +141,7 @@ def read_state(workdir, step):
         return reader.restore(workdir / "checkpoints" / str(step) / "state", args=ocp.args.PyTreeRestore())
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_goes_on_as_its_message_recommends(tiny_config, tmp_path, capsys):
     """A lower rate, clipping, another second moment; and other parts and averages. All is said, and in force.
 

@@ -42,6 +42,7 @@ def aligned(tiny_config, tmp_path):
     return c
 
 
+@pytest.mark.slow
 def test_a_step_with_the_live_teacher_is_one_with_its_features(aligned):
     """Features by hand: the module on images in [0, 1], outside the step. Two accumulation parts against none."""
     teacher = load_teacher(aligned)

@@ -223,6 +223,7 @@ def test_a_killed_evaluation_goes_on(made, tmp_path):
     assert_close(metrics_of(tmp_path / "cut"), metrics_of(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(made, tmp_path):
     run(made, tmp_path / "one", batch_size=4)
     with socket.socket() as free:
@@ -236,6 +237,7 @@ def test_two_processes_give_the_numbers_of_one(made, tmp_path):
     assert_close(metrics_of(tmp_path / "two"), metrics_of(tmp_path / "one"))
 
 
+@pytest.mark.slow
 def test_a_stopped_evaluation_says_what_is_missing_and_goes_on(made, tmp_path):
     with programs() as run_program:
         process = start(run_program, made, tmp_path / "e", seconds=0.8)

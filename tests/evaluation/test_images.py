@@ -1,5 +1,6 @@
 """Are exactly the images read that a user means, and is everything else refused with words that help?"""
 
+import dataclasses
 import json
 import tracemalloc
 
@@ -11,6 +12,7 @@ from deco_jax.config import default_config
 from deco_jax.data.sources import open_source
 from deco_jax.errors import UsageError
 from deco_jax.evaluation.images import SourceImages, holds_images, open_images
+from deco_jax.sampling.settings import Sampling
 
 
 def pixels(number, height=5, width=7):
@@ -129,16 +131,20 @@ def test_what_deco_has_drawn_is_taken_with_its_settings(tmp_path):
         Image.fromarray(x[0]).save(drawn / name)
         Image.fromarray(x[0]).save(made / "png" / name)
     Image.fromarray(pixels(1, 11, 15)[0]).save(drawn / "grid.png")
-    (drawn / "sample.json").write_text(json.dumps({"seed": 3}))
-    (made / "generation.json").write_text(json.dumps({"seed": 4}))
+    said = {"source": "runs/x", "labels": "0-9", **dataclasses.asdict(Sampling())}
+    said = json.loads(json.dumps(said))
+    (drawn / "sample.json").write_text(json.dumps(said | {"seed": 3}))
+    (made / "generation.json").write_text(json.dumps(said | {"seed": 4}))
     images = open_images(f"{drawn}")
-    assert (images.names, images.settings) == (["00000.png", "00001.png"], {"seed": 3})
+    assert (images.names, images.settings) == (["00000.png", "00001.png"], said | {"seed": 3})
     with pytest.raises(UsageError, match=r"lacks samples.npz. Run the same `deco generate` again"):
         open_images(f"{made}")
     np.savez(made / "samples.npz", x, np.arange(2))
     for path in (made, made / "samples.npz"):
         images = open_images(f"{path}")
-        assert (len(images), images.settings) == (2, {"seed": 4})
+        assert (len(images), images.settings) == (2, said | {"seed": 4})
+    (drawn / "sample.json").write_text('{"solver": "ddim"}')  # of somebody else
+    assert open_images(f"{drawn}").settings is None
 
 
 def test_pictures_of_several_sizes_and_broken_ones_are_named(tmp_path):

@@ -74,6 +74,7 @@ def test_values_that_are_none(texts, message):
         parse_sweep(texts)
 
 
+@pytest.mark.slow
 def test_every_combination_is_measured_once_and_the_best_is_marked(reference, tmp_path, monkeypatch, capsys):
     drawn, generate = [], measure.generate_samples
 

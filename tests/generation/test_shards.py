@@ -158,6 +158,18 @@ def test_a_signal_ends_it_in_order(whole, tmp_path, monkeypatch, capsys, after):
     assert files_of(tmp_path) == files_of(whole)
 
 
+def test_a_signal_while_a_bucket_is_packed_is_no_error(bucket, monkeypatch, capsys):
+    out, read = storage.to_path(f"{bucket.url}/packed"), shards._read_shards
+
+    def stopping(job, plan):
+        job.stop.by = "SIGTERM"
+        return read(job, plan)
+
+    monkeypatch.setattr(shards, "_read_shards", stopping)
+    assert draw(out) is None
+    assert "samples.npz is not made yet, all images are there" in capsys.readouterr().out
+
+
 def test_parts_share_the_work_and_the_last_one_packs(whole, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.modules["deco_jax.storage.writing"], "SHARED_FOLDER_DELAY", 0)
     assert draw(tmp_path, part="1/2") is None

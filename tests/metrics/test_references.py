@@ -1,7 +1,9 @@
 """References: ours and the ADM suite's, read and written; what is none says so in one line."""
 
+import dataclasses
 import json
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -79,12 +81,24 @@ def test_the_adm_suites_files_are_read(adm, tmp_path):
             {"meta": np.array(json.dumps({"networks": {"inception": "xyz"}}))},
             "with the weights xyz; those here are abc",
         ),
+        ({"meta": np.array("[1]")}, "is of another program: its array meta"),
+        ({"meta": np.array(json.dumps({"networks": ["inception"]}))}, "is of another program: its array meta"),
     ],
 )
 def test_what_does_not_fit_is_named(adm, tmp_path, change, message):
     arrays = {name: value for name, value in (adm | change).items() if value is not None}
     with pytest.raises(UsageError, match=message):
         read_reference(save(tmp_path / "bad.npz", arrays), network())
+
+
+def test_the_hash_changes_with_whatever_a_metric_is_computed_of(adm, tmp_path):
+    other = adm | {"arr_0": adm["arr_0"] + 1}
+    without = {name: value for name, value in adm.items() if name != "arr_0"}
+    files = [save(tmp_path / f"{k}.npz", arrays) for k, arrays in enumerate((adm, other, without))]
+    hashes = {read_reference(file, network()).hash for file in files}
+    ours = scores().as_reference("abc", (8, 12), "")
+    hashes |= {ours.hash, dataclasses.replace(ours, vectors=ours.vectors[:9]).hash}
+    assert len(hashes) == 5
 
 
 def test_files_of_something_else(adm, tmp_path):
@@ -95,6 +109,15 @@ def test_files_of_something_else(adm, tmp_path):
         read_reference(str(tmp_path / "none.npz"), network())
     (tmp_path / "cut.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:2_000])
     (tmp_path / "text.npz").write_text("hello")
-    for name in ("cut.npz", "text.npz"):
-        with pytest.raises(UsageError, match="is no reference, or is damaged"):
+    np.save(tmp_path / "array.npy", adm["mu"])
+    for name in ("cut.npz", "text.npz", "array.npy"):
+        with pytest.raises(UsageError, match="is no reference: it is no .npz, or a truncated one"):
             read_reference(str(tmp_path / name), network())
+    np.savez_compressed(tmp_path / "packed.npz", **adm)
+    content = bytearray((tmp_path / "packed.npz").read_bytes())
+    with zipfile.ZipFile(tmp_path / "packed.npz") as file:
+        start = file.getinfo("sigma.npy").header_offset + 60
+    content[start : start + 100] = bytes(255 - byte for byte in content[start : start + 100])
+    (tmp_path / "packed.npz").write_bytes(content)
+    with pytest.raises(UsageError, match="is no reference, or is damaged"):
+        read_reference(str(tmp_path / "packed.npz"), network())

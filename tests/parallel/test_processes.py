@@ -77,6 +77,7 @@ def test_a_run_of_two_processes_continues_with_others(two, tmp_path, monkeypatch
     assert_close(final_state(workdir), final_state(two / "run"))
 
 
+@pytest.mark.slow
 def test_from_eight_devices_to_four_to_one(two, tmp_path, monkeypatch):
     """And from preset to preset."""
     seen = run_here(tmp_path, 8, monkeypatch, steps=2, preset="fsdp_tensor")

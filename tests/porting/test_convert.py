@@ -166,6 +166,7 @@ def test_one_more_step_is_the_step_that_torch_takes(workdir):
         assert relative_error(ours[name], parameters[name].detach().numpy()) < 1e-6, name
 
 
+@pytest.mark.slow
 def test_training_goes_on_in_a_converted_workdir(tmp_path):
     """Step, optimiser and place in the data are taken over; settings the file knows nothing of are free."""
     config = new_tiny_config()

@@ -19,10 +19,11 @@ from deco_jax.models.build import parameter_shapes
 from deco_jax.parallel.mesh import make_layout
 from deco_jax.porting.bundle import Bundle
 from deco_jax.porting.convert import convert, write_checkpoint
+from deco_jax.pretrained.load import open_pretrained
 from deco_jax.storage import to_path, upload
 from deco_jax.training.start import abstract_state, find_weights, first_state
 from deco_jax.training.step import make_train_step
-from tests.helpers import new_tiny_config
+from tests.helpers import Golden, new_tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 BOTH = ("run", "x.ckpt")  # hold two sets of weights; the others one
@@ -206,3 +207,15 @@ def test_weights_in_a_bucket(bucket, folder, config, tmp_path, monkeypatch):
         assert_equal((state.ema, state.params["network"]), (random_params(c, 0), random_params(c, 1)))
     with pytest.raises(UsageError, match="none.ckpt does not exist"):
         deco_jax.load_pretrained(f"{there}/none.ckpt")
+
+
+def test_a_fingerprint_tells_other_weights_in_the_same_place_apart(tmp_path):
+    """Of a file that is replaced, but not of one that is copied."""
+    golden = Golden("deco_c2i")
+    tensors, path = golden.group("param:"), tmp_path / "a.safetensors"
+    save_file(tensors, path)
+    first = open_pretrained(str(path)).fingerprint
+    (tmp_path / "copy.safetensors").write_bytes(path.read_bytes())
+    assert open_pretrained(str(tmp_path / "copy.safetensors")).fingerprint == first
+    save_file({name: 0.9 * value for name, value in tensors.items()}, path)
+    assert open_pretrained(str(path)).fingerprint != first

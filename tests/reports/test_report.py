@@ -110,6 +110,7 @@ def test_two_runs_with_everything_side_by_side(tmp_path, look):
     assert "evaluation/metrics.json" in text and "guidance=2.0" not in text, "points of a sweep stand in its own table"
 
 
+@pytest.mark.slow
 def test_a_link_opens_the_step_it_names_also_on_a_narrow_screen(tmp_path, look):
     page = write_report([str(make_workdir(tmp_path / "run"))])
     seen = look(page, fragment="#step=58", width=500)

@@ -47,6 +47,7 @@ def found(workdir):
     return [json.loads(line) for line in (workdir / "evaluation.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compile")
 def test_an_evaluation_finds_what_the_images_of_its_step_are(judge_files, tmp_path, capsys):
     """Against images drawn by the public function from the saved average, seen and scored in one go."""
@@ -66,6 +67,16 @@ def test_an_evaluation_finds_what_the_images_of_its_step_are(judge_files, tmp_pa
     assert expected.keys() == last["metrics"].keys()
     for name, value in expected.items():
         np.testing.assert_allclose(last["metrics"][name], value, rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_grids_and_evaluations_of_a_solver_that_draws_noise(judge_files, tmp_path):
+    config = evaluating_config(judge_files)
+    config.train.update(steps=2, sample_every=2)
+    config.sample.solver = "euler_sde"
+    train(config, str(tmp_path))
+    assert [line["step"] for line in found(tmp_path)] == [2]
+    assert (tmp_path / "samples" / "step_00000002.png").exists()
 
 
 @pytest.mark.usefixtures("quick_compile")
