@@ -23,6 +23,10 @@ class AgreedTransient(TransientError):
     """A TransientError that every process of the run raises at the same point, so that all can end in order."""
 
 
+class Stopped(Exception):
+    """The work in hand is given up, as the job was told to stop; `Job.shards` ends after it."""
+
+
 class BrokenRun(Exception):
     """This process of several ends alone: it must not wait for the others, nor they for it.
 

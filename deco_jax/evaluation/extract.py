@@ -23,9 +23,9 @@ from jax import Array
 
 from deco_jax import storage
 from deco_jax.encoders.features import FEATURES, FeatureNetwork, load_features
-from deco_jax.errors import UsageError
+from deco_jax.errors import Stopped, UsageError
 from deco_jax.evaluation.images import Images
-from deco_jax.jobs import Job, Progress, Stopped
+from deco_jax.jobs import Job, Progress
 from deco_jax.parallel import mesh as meshes
 from deco_jax.storage import AnyPath
 

@@ -31,13 +31,13 @@ from flax import linen as nn
 from deco_jax import storage
 from deco_jax.config import build_model
 from deco_jax.encoders.frozen import digest_of
-from deco_jax.errors import UsageError
+from deco_jax.errors import Stopped, UsageError
 from deco_jax.generation import pictures
 from deco_jax.generation.batches import generate
 from deco_jax.generation.folder import check_folder
 from deco_jax.generation.npz import Parts, write_npz
 from deco_jax.generation.requests import Requests, read_requests
-from deco_jax.jobs import Job, Progress, Stopped, find_part, open_job
+from deco_jax.jobs import Job, Progress, find_part, open_job
 from deco_jax.jobs.job import GO_ON, WHOLE
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel import processes
@@ -327,6 +327,7 @@ def _write_shard(
     """One shard, and its pictures before it gets its name; yields after every batch how many images of it are made."""
     path, numbers = _shard(job.folder, shard), plan.numbers(shard)
     with (
+        storage.writing(path),
         storage.write_beside(path) as draft,
         draft.open("wb") as file,
         concurrent.futures.ThreadPoolExecutor(pictures.WRITERS) as pool,
@@ -338,8 +339,7 @@ def _write_shard(
             if done and done % batch == 0:
                 yield done
             image_HxWx3 = next(images)
-            with storage.writing(path):
-                file.write(np.ascontiguousarray(image_HxWx3))
+            file.write(np.ascontiguousarray(image_HxWx3))
             if png:
                 waiting.append(pool.submit(pictures.save, job.folder, number, image_HxWx3))
         for _ in range(-len(numbers) % batch):
@@ -368,9 +368,7 @@ def _complete(job: Job, plan: Plan, png: bool) -> None:
             try:
                 with storage.writing(path):
                     write_npz(path, arrays)
-            except UsageError as error:  # also Stopped, in a bucket; or another part was faster, and has removed shards
-                if isinstance(error.__cause__, Stopped):
-                    return
+            except UsageError:  # another part may have been faster, and has removed shards
                 if not path.exists():
                     raise
         if png:

@@ -2,6 +2,6 @@
 
 from deco_jax.jobs.job import Job, find_part, open_job
 from deco_jax.jobs.progress import Progress
-from deco_jax.jobs.stop import Stopped, StopRequest
+from deco_jax.jobs.stop import StopRequest
 
-__all__ = ["Job", "Progress", "StopRequest", "Stopped", "find_part", "open_job"]
+__all__ = ["Job", "Progress", "StopRequest", "find_part", "open_job"]

@@ -13,14 +13,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
+from deco_jax.errors import Stopped
+
 PRODUCT = pathlib.Path("/sys/class/dmi/id/product_name")  # of the machine
 # What is asked for, and the answer that the machine goes away. Others (NONE, FALSE, a live migration) do not matter.
 NOTICES = {"instance/preempted": "TRUE", "instance/maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
 WAIT, PAUSE = 60, 5.0  # seconds: an answer is held back for so long while nothing changes; after an error
-
-
-class Stopped(Exception):
-    """The shard in work is given up, as the job was told to stop; `Job.shards` ends after it."""
 
 
 class StopRequest:

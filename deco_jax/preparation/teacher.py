@@ -35,8 +35,8 @@ from deco_jax.diffusion.flow import to_float
 from deco_jax.encoders import teacher as teachers
 from deco_jax.encoders.frozen import FrozenWeights
 from deco_jax.encoders.teacher import IMAGE_PATCH
-from deco_jax.errors import TransientError, UsageError
-from deco_jax.jobs import Job, Progress, Stopped, StopRequest, find_part, open_job
+from deco_jax.errors import Stopped, TransientError, UsageError
+from deco_jax.jobs import Job, Progress, StopRequest, find_part, open_job
 from deco_jax.jobs.job import WHOLE
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel import processes

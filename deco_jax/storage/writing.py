@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from deco_jax.errors import UsageError
+from deco_jax.errors import Stopped, UsageError
 from deco_jax.storage.paths import AnyPath, is_remote
 from deco_jax.storage.retry import is_transient, retried
 
@@ -70,7 +70,7 @@ def writing(path: AnyPath, what: str = "written") -> Iterator[None]:
     """Within it, an error of the system or the bucket that does not pass is a UsageError that names `path`."""
     try:
         yield
-    except UsageError:
+    except (UsageError, Stopped):
         raise
     except Exception as error:
         if is_transient(error) or not (isinstance(error, OSError) or is_remote(path)):

@@ -10,8 +10,8 @@ import urllib.parse
 
 import pytest
 
-from deco_jax.errors import TransientError
-from deco_jax.jobs import Stopped, open_job, stop
+from deco_jax.errors import Stopped, TransientError
+from deco_jax.jobs import open_job, stop
 from deco_jax.jobs.stop import stop_request
 
 
