@@ -125,15 +125,19 @@ def test_a_run_whose_folder_another_has_taken_over_ends_without_saving(tiny_conf
     monkeypatch.setattr(sys.modules["deco_jax.storage.lease"], "RENEW", 0.1)
     tiny_config.train.update(steps=10**6, save_every=10**6)
 
+    ended = threading.Event()
+
     def take_over():
-        while not (tmp_path / "metrics.jsonl").exists():
-            time.sleep(0.1)
-        next((tmp_path / ".lease").iterdir()).unlink()
+        while not ended.wait(0.1):  # until it is noticed: a renewal that is just under way puts the claim back
+            if (tmp_path / "metrics.jsonl").exists():
+                for claim in (tmp_path / ".lease").glob("*.json"):
+                    claim.unlink(missing_ok=True)
 
     thread = threading.Thread(target=take_over)
     thread.start()
     with pytest.raises(TransientError, match=f"--workdir={tmp_path}: another run has taken {tmp_path} over"):
         train(tiny_config, str(tmp_path))
+    ended.set()
     thread.join()
     assert not list((tmp_path / "checkpoints").iterdir())
 
