@@ -6,7 +6,6 @@ import math
 import re
 import sys
 import threading
-import time
 
 import jax
 import numpy as np
