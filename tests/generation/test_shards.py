@@ -356,8 +356,11 @@ def test_kills_at_random_moments(start, tmp_path, processes):
     seed = time.time_ns()
     dice, kills, ends = random.Random(seed), 0, []
     while ends != [0] * processes:
-        started = start(tmp_path / "cut", 0.1, processes, "--png")
-        time.sleep(dice.uniform(2, 8) if kills < 6 else 60)
+        started = start(tmp_path / "cut", 0.3, processes, "--png")
+        if kills == 0:  # once while it draws, for certain
+            wait_for(tmp_path / "cut/samples-00001.npy")
+        else:
+            time.sleep(dice.uniform(1, 8) if kills < 6 else 60)
         if any(process.poll() is None for process in started):
             dice.choice(started).kill()
             kills += 1
@@ -366,10 +369,11 @@ def test_kills_at_random_moments(start, tmp_path, processes):
                 end_of(process, 20)
             process.kill()
         ends = [process.wait() for process in started]
+    print(f"{kills} kills at moments of the seed {seed}")
     images = files_of(tmp_path / "cut")
     pictures = [images.pop(f"png/{i:05d}.png") for i in range(75)]
     assert len(set(pictures)) == 75 and kills
-    assert images == files_of(tmp_path / "whole"), f"kills at moments of the seed {seed}"
+    assert images == files_of(tmp_path / "whole")
 
 
 @pytest.mark.slow
