@@ -17,7 +17,7 @@ from deco_jax.diffusion.flow import to_uint8
 from deco_jax.encoders.features import FeatureNetwork, load_features
 from deco_jax.errors import UsageError
 from deco_jax.metrics.references import Reference, read_reference
-from deco_jax.metrics.scores import Scores
+from deco_jax.metrics.scores import Scores, warnings_for
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel.mesh import Layout
 from deco_jax.sampling.sample import compiled_sampler, image_keys, image_noise
@@ -139,7 +139,8 @@ class OnlineEvaluation:
                 raise UsageError(f"image {number} of step {step} is not finite.")
             scores = scores.merge(Scores.from_model_output(name, numbers, mask=counted, **features))
         metrics = scores.compute(self.judge.reference)
-        return Evaluated(step, metrics, self.about | {"seconds": round(seconds, 3)})
+        told = warnings_for(scores, self.judge.reference)
+        return Evaluated(step, metrics, self.about | {"warnings": told, "seconds": round(seconds, 3)})
 
 
 def _read_back(numbers: np.ndarray, features: dict[str, Array]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -94,6 +94,7 @@ def test_evaluations_compile_once_and_broken_images_end_no_run(judge_files, capl
         assert evaluation.see._cache_size() == 1
         one, two = evaluation.news(wait=True)
         assert (one.step, two.step) == (1, 2) and one.metrics == two.metrics
+        assert any("20 images: distances are larger" in text for text in one.about["warnings"])
         evaluation(3, jax.tree.map(lambda p: p * np.nan, params))
     with caplog.at_level(logging.WARNING):
         assert evaluation.news(wait=True) == []
