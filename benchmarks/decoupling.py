@@ -36,7 +36,8 @@ from digits import DigitClassifier
 from ml_collections import ConfigDict
 
 from deco_jax.config import build_model, check_config, default_config
-from deco_jax.data.sources import Digits, open_source
+from deco_jax.data.digits import Digits
+from deco_jax.data.sources import open_source
 from deco_jax.diffusion.flow import to_uint8
 from deco_jax.encoders.features import load_features
 from deco_jax.errors import UsageError

@@ -16,7 +16,7 @@ from scipy.spatial.distance import cdist
 
 from deco_jax.checkpoints import store
 from deco_jax.config import default_config
-from deco_jax.data.sources import Digits
+from deco_jax.data.digits import Digits
 from deco_jax.generation.batches import generate
 from deco_jax.pretrained.load import load_pretrained
 from deco_jax.sampling.pictures import make_grid, save_png

@@ -5,7 +5,7 @@ from typing import Any
 
 from deco_jax.checkpoints.store import frozen_digests
 from deco_jax.config import FIELDS, flatten, restore_config
-from deco_jax.data.sources import compare
+from deco_jax.data.records import compare
 from deco_jax.errors import UsageError
 
 

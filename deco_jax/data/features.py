@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from deco_jax import storage
 from deco_jax.data.reading import file_size, read_bytes
-from deco_jax.data.sources import Source
+from deco_jax.data.records import Source
 from deco_jax.errors import UsageError
 from deco_jax.storage import AnyPath
 

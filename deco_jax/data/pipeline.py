@@ -23,7 +23,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from deco_jax.data.features import StoredFeatures
-from deco_jax.data.sources import Source
+from deco_jax.data.records import Source
 from deco_jax.errors import TransientError, UsageError
 
 Batch = dict[str, np.ndarray]

@@ -22,7 +22,8 @@ from deco_jax import storage
 from deco_jax.data.decode import decode
 from deco_jax.data.pipeline import BadRecords
 from deco_jax.data.reading import list_files, read_bytes
-from deco_jax.data.sources import SUFFIXES, open_source
+from deco_jax.data.records import SUFFIXES
+from deco_jax.data.sources import open_source
 from deco_jax.errors import TransientError, UsageError
 from deco_jax.sampling.settings import Sampling
 from deco_jax.storage import AnyPath

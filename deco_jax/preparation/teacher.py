@@ -30,7 +30,8 @@ from deco_jax.data.features import (
     read_contents,
 )
 from deco_jax.data.pipeline import BadRecords, Batch, read_ahead
-from deco_jax.data.sources import Source, open_source
+from deco_jax.data.records import Source
+from deco_jax.data.sources import open_source
 from deco_jax.diffusion.flow import to_float
 from deco_jax.encoders import teacher as teachers
 from deco_jax.encoders.frozen import FrozenWeights

@@ -15,7 +15,8 @@ from deco_jax.checkpoints import store
 from deco_jax.config import restore_config
 from deco_jax.data.features import StoredFeatures, open_features
 from deco_jax.data.pipeline import fingerprint
-from deco_jax.data.sources import Source, open_source
+from deco_jax.data.records import Source
+from deco_jax.data.sources import open_source
 from deco_jax.encoders.frozen import FrozenWeights
 from deco_jax.encoders.teacher import load_teacher
 from deco_jax.errors import UsageError

@@ -9,7 +9,8 @@ import pytest
 from deco_jax import storage
 from deco_jax.data.features import StoredFeatures
 from deco_jax.data.pipeline import batches
-from deco_jax.data.sources import compare, open_source
+from deco_jax.data.records import compare
+from deco_jax.data.sources import open_source
 from deco_jax.errors import UsageError
 from tests.data.test_reading import RECORDS, data_config, images, write_features  # noqa: F401
 from tests.data.test_sources import no_tensorflow, prepared  # noqa: F401

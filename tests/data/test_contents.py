@@ -3,7 +3,8 @@
 import json
 
 from deco_jax.config import default_config
-from deco_jax.data.sources import compare, open_source
+from deco_jax.data.records import compare
+from deco_jax.data.sources import open_source
 
 
 def open_folder(root, files):

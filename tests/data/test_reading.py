@@ -18,8 +18,9 @@ from PIL import Image
 from deco_jax.config import default_config
 from deco_jax.data import reading
 from deco_jax.data.features import COMPLETE, Contents, StoredFeatures, features_file, open_features
+from deco_jax.data.folder import Folder
 from deco_jax.data.pipeline import batches
-from deco_jax.data.sources import Folder, open_source
+from deco_jax.data.sources import open_source
 from deco_jax.errors import TransientError, UsageError
 
 RECORDS = 120

@@ -17,7 +17,7 @@ from benchmarks.digits import DigitClassifier
 from deco_jax.checkpoints import store
 from deco_jax.cli import main
 from deco_jax.config import default_config
-from deco_jax.data.sources import Digits
+from deco_jax.data.digits import Digits
 from deco_jax.diffusion.flow import to_uint8
 from deco_jax.generation import folder as module
 from deco_jax.generation.batches import generate
