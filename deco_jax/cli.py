@@ -17,6 +17,7 @@ from typing import Any
 from deco_jax.errors import BrokenRun, TransientError, UsageError
 
 SOURCE = "workdir, checkpoint, .ckpt, .pt, .pth, .safetensors or Hugging Face folder"
+IMAGES = "deco_jax.preparation.images:prepare_images"
 HEARTBEAT_TIMEOUT = 100  # seconds of silence after which a process counts as dead, in commands without a configuration
 
 
@@ -91,6 +92,14 @@ def _call_as_process(_: list[str], function: str, **arguments: Any) -> None:
     load("deco_jax.parallel.hardware:skip_absent_accelerators")()
     load("deco_jax.parallel.processes:initialize")(HEARTBEAT_TIMEOUT)
     load(function)(**arguments)
+
+
+def _prepare(overrides: list[str], function: str, verify: bool, **arguments: Any) -> None:
+    """Runs one of the preparations."""
+    if verify and function != IMAGES:
+        raise UsageError("--verify is for --images; damaged features are found when a run opens them.")
+    more = {"verify": verify} if function == IMAGES else {}
+    _call_with_config(overrides, function, **arguments, **more)
 
 
 def _plan(overrides: list[str], function: str, as_json: bool, **arguments: Any) -> None:
@@ -171,14 +180,20 @@ def _add_sampler(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_prepare(commands: Any) -> None:
-    text = "Compute and store what never changes about the images."
-    function = "deco_jax.preparation.teacher:prepare_teacher"
-    parser = _add_command(commands, "prepare", _call_with_config, function, text)
+    text = "Compute and store what never changes about the images: their crops, or the teacher's features of them."
+    parser = _add_command(commands, "prepare", _prepare, "", text)
     _add_config(parser, "--config.data.path=DIR")
-    chosen = {"dest": "function", "action": "store_const", "const": function}
-    parser.add_argument("--teacher", **chosen, required=True, help="prepare its features")
-    parser.add_argument("--out", required=True, metavar="DIR", help="of the features; continued if it holds some")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time, on each process (default: 64)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    for name, function, text in (
+        ("--images", IMAGES, "crop all images; to train from them: --config.data.source=prepared"),
+        ("--teacher", "deco_jax.preparation.teacher:prepare_teacher", "prepare its features"),
+    ):
+        what.add_argument(name, dest="function", action="store_const", const=function, help=text)
+    parser.add_argument("--out", required=True, metavar="DIR", help="gets them; continued if it holds some")
+    text = "images at a time: of each process for --teacher, of each worker for --images (default: 64)"
+    parser.add_argument("--batch-size", type=int, default=64, help=text)
+    text = "of --images: compare files that are there with their checksums, and make damaged ones anew"
+    parser.add_argument("--verify", action="store_true", help=text)
     _add_part(parser)
 
 

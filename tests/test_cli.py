@@ -68,6 +68,7 @@ def start(*args):
 @pytest.mark.parametrize(
     "line",
     [
+        "prepare --config=F --images --out=D",
         "prepare --config=F --teacher --out=D",
         "train --config=F --workdir=D",
         "sample --workdir=D --out=D",
@@ -83,6 +84,7 @@ def test_every_flag_has_the_name_of_a_parameter(line):
     function = load(arguments["function"])
     ours = {"command", "debug", "run", "function"}  # what the command line itself needs
     ours |= {"as_json"} if line.startswith("plan") else set()
+    ours |= {"verify"} if "--teacher" in line else set()  # which is refused
     given = arguments.keys() - ours
     given |= {"overrides", "say"} if line.startswith("plan") else set()
     parameters = inspect.signature(function).parameters

@@ -72,6 +72,7 @@ def test_type_checkers_see_the_public_names():
 # Distributions whose module has another name.
 MODULES = {
     "absl-py": "absl",
+    "array-record": "array_record",
     "ml-collections": "ml_collections",
     "ml-dtypes": "ml_dtypes",
     "orbax-checkpoint": "orbax",

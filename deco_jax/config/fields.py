@@ -75,13 +75,15 @@ FIELDS: dict[str, Field] = {
                             choices=("default", "xla", "cudnn")),
 
     # The data, and the order in which a run sees them.
-    "data.source": Field("tfds", "digits, folder or tfds", choices=tuple(SOURCES)),
-    "data.path": free("", 'folder: the folder of class folders; tfds: its data_dir ("" = ~/tensorflow_datasets)'),
+    "data.source": free("tfds", f"{', '.join(list(SOURCES)[:-1])} or {list(SOURCES)[-1]}", choices=tuple(SOURCES)),
+    "data.path": free("", "folder: of class folders; tars: ILSVRC2012_img_train.tar, or a folder of <class>.tar; "
+                      'prepared: of `deco prepare --images`; tfds: its data_dir ("" = ~/tensorflow_datasets)'),
     "data.name": Field("imagenet2012", "tfds: data set; others: unused"),
     "data.split": Field("train", "tfds: split"),
     "data.image_size": Field(256, "pixels along a side, after the crop", low=1),
     "data.batch_size": Field(256, "global: over all devices and accumulation steps", low=1),
     "data.workers": free(8, "processes that read and decode, per process of the run; 0 = in that process", low=0),
+    "data.threads": free(4, "images that each of these processes reads and decodes at a time", low=1),
     "data.max_bad_records": free(100, "unreadable images that are skipped before the run stops", low=0),
     "data.max_bad_share": free(0.1, "the same as a share of all images; the lower limit holds", low=0, high=1),
     # A run keeps these two as it began with them (training/start.keep_decoding).

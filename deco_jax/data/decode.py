@@ -66,7 +66,7 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
             raise ValueError(f"grey values from {values.min()} to {values.max()}, where 0 to {white} are known")
         image = Image.fromarray((values * 255 + 0.5 if image.mode == "F" else values >> 8).astype(np.uint8))
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     image = image.convert("RGBA")
     if background:
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)

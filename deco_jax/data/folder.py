@@ -1,88 +1,128 @@
 """Images in a folder of class folders."""
 
 import collections
-import hashlib
+import concurrent.futures
 import os
+import time
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from deco_jax import storage
 from deco_jax.conditions import ClassLabels
 from deco_jax.data.decode import Decoder
+from deco_jax.data.index import FIRST_TIME, NAME, RECENT, Listing, Telling, open_index
 from deco_jax.data.reading import list_files, read_bytes
-from deco_jax.data.records import FEW, SUFFIXES, Record, first_of, images_line
+from deco_jax.data.records import SUFFIXES, Record
 from deco_jax.errors import UsageError
+from deco_jax.storage import AnyPath
+
+THREADS = 16  # folders whose times are looked at together
 
 
 class Folder:
     """One folder per class; labels number the folders in alphabetical order. Images are centre-cropped.
 
     The folder may be in a bucket. Hidden files and folders, files beside the class folders and files with other endings
-    than images have are ignored, and counted.
+    than images have are ignored, and counted. An index (see there) is kept, except of a bucket, which is always listed.
     """
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: ConfigDict, beside: AnyPath | None = None):
         where = f"data.path={config.path!r}"
         root = storage.to_path(config.path)
+        self.decoder = Decoder.from_config(config)
         with storage.reading(root):
             if not config.path or not storage.retried(f"looking at {root}", root.is_dir):
                 raise UsageError(f"{where} is no folder; it must hold one folder per class.")
-            files = list_files(root)
-        self.root, names, classes, self.ignored = str(root), [], set(), collections.Counter()
-        for name in files:
-            suffix = os.path.splitext(name)[1].lower()
-            if name.startswith(".") or os.path.basename(name).startswith("."):
-                self.ignored["hidden"] += 1
-            elif "/" not in name:
-                self.ignored["beside the class folders"] += 1
-            else:
-                classes.add(name.partition("/")[0])
-                if suffix in SUFFIXES:
-                    names.append(name)
-                else:
-                    self.ignored[suffix or "without an ending"] += 1
-        if not storage.is_remote(root):  # a bucket has no empty folders
-            classes |= {p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")}
-        self.class_names = tuple(sorted(classes))
-        number = {name: label for label, name in enumerate(self.class_names)}
-        labels = [number[name.partition("/")[0]] for name in names]
-        if empty := sorted(classes - {self.class_names[label] for label in set(labels)}):
-            raise UsageError(f"{where} has the empty class folder {empty[0]!r}; fill or remove it.")
-        if not names:
-            raise UsageError(f"{where} holds no images; expected <class>/<name> with one of {', '.join(SUFFIXES)}.")
-        # Kept as text, not as objects: a million of these is copied to every worker.
-        self.names_K, self.labels_K = np.array(names), np.array(labels, np.int32)
-        self.condition, self.decoder = ClassLabels(len(classes)), Decoder.from_config(config)
-        self.decoding = str(self.decoder)
-        self.identity = f"folder {hashlib.sha256(chr(0).join([*self.class_names, '', *names]).encode()).hexdigest()}"
+            self.index = open_index(
+                str(root),
+                root / NAME,
+                beside,
+                lambda: _list(root, where),
+                lambda state: storage.retried(f"looking at {root}", lambda: _state(root, state["folders"]) == state),
+            )
+        self.root, self.class_names, self.identity = str(root), self.index.class_names, self.index.identity
+        self.condition, self.decoding = ClassLabels(len(self.class_names)), str(self.decoder)
 
     def __len__(self) -> int:
-        return len(self.labels_K)
+        return len(self.index)
 
     def load(self, index: int) -> Record:
         """See `Source`."""
-        return {"image": self.decoder(read_bytes(self.describe(index))), "label": self.labels_K[index]}
+        return {"image": self.decoder(read_bytes(self.describe(index))), "label": self.index.labels_K[index]}
 
     def describe(self, index: int) -> str:
         """See `Source`."""
-        return f"{self.root.rstrip('/')}/{self.names_K[index]}"
+        return f"{self.root.rstrip('/')}/{self.index.name(index)}"
 
     def summary(self) -> list[str]:
         """See `Source`."""
-        lines = [images_line(len(self), self.class_names, np.bincount(self.labels_K).tolist())]
-        if self.ignored:
-            kinds = [f"{count:,} {kind}" for kind, count in self.ignored.most_common()]
-            lines.append(f"Ignored: {self.ignored.total():,} files ({first_of(kinds)}).")
-        return lines
+        return self.index.summary()
 
     def contents(self) -> dict[str, Any]:
         """See `Source`."""
-        ends = np.cumsum(np.bincount(self.labels_K))  # names are in the order of their classes
-        classes = {
-            name: [len(names), hashlib.sha256(chr(0).join(names).encode()).hexdigest()[:8]]
-            for name, names in zip(self.class_names, np.split(self.names_K, ends[:-1]), strict=True)
-        }
-        names = self.names_K.tolist() if len(self) <= FEW else []
-        return {"source": "folder", "records": len(self), "classes": classes, "names": names}
+        return self.index.contents
+
+
+def _list(root: AnyPath, where: str) -> Listing:
+    """Looks at every file; raises UsageError if there is nothing to train on."""
+    begun, times, telling = time.time(), {}, Telling(str(root))
+    entries = None if storage.is_remote(root) else _entries(root)
+    names, classes, ignored = [], set(), collections.Counter()
+    for name in list_files(root, times, lambda files: telling(f"{files:,} files")):
+        first, _, rest = name.partition("/")
+        if _is_ours(first):
+            continue
+        if name.startswith(".") or os.path.basename(name).startswith("."):
+            ignored["hidden"] += 1
+        elif "/" not in name:
+            ignored["beside the class folders"] += 1
+        else:
+            suffix = os.path.splitext(rest)[1].lower()
+            classes.add(first)
+            if suffix in SUFFIXES:
+                names.append(name)
+            else:
+                ignored[suffix or "without an ending"] += 1
+    if entries is not None:  # a bucket has no empty folders
+        classes |= {name[:-1] for name in entries if name.endswith("/") and not name.startswith(".")}
+    if empty := sorted(classes - {name.partition("/")[0] for name in names}):
+        raise UsageError(f"{where} has the empty class folder {empty[0]!r}; fill or remove it.")
+    if not names:
+        raise UsageError(f"{where} holds no images; expected <class>/<name> with one of {', '.join(SUFFIXES)}.")
+    state, why = None, "a bucket does not say whether it has changed"
+    if entries is not None:
+        state, why = {"inode": os.stat(root).st_ino, "entries": entries, "folders": times}, ""
+        if max(times.values()) > (begun - RECENT) * 1e9:
+            state, why = None, "its files have just changed"
+        elif min(times.values()) < FIRST_TIME * 1e9:
+            state, why = None, "it does not say when its folders have changed"
+    return Listing(names, tuple(sorted(classes)), ignored, state, why)
+
+
+def _state(root: os.PathLike, folders: dict[str, int]) -> dict[str, Any] | None:
+    """What changes when a file comes or goes; None if one of the folders is gone.
+
+    Of the root it is the names in it: the index that is written there changes its time.
+    """
+
+    def changed(folder: str) -> int:
+        return os.stat(os.path.join(root, folder)).st_mtime_ns
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            times = dict(zip(folders, pool.map(changed, folders), strict=True))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return {"inode": os.stat(root).st_ino, "entries": _entries(root), "folders": times}
+
+
+def _entries(root: os.PathLike) -> list[str]:
+    """Names in the root, folders with a slash at the end."""
+    with os.scandir(root) as entries:
+        return sorted(f"{e.name}/" if e.is_dir() else e.name for e in entries if not _is_ours(e.name))
+
+
+def _is_ours(name: str) -> bool:
+    """Whether an entry of the root is an index, or a draft of one."""
+    return name.startswith(".") and "deco_jax_index" in name

@@ -1,19 +1,22 @@
 """The order of the data, and each process's share of it.
 
-    indices ─► shuffle, epoch by epoch ─► global batches of indices ─► this process's rows ─► read and crop
+    batch k ─► this process's rows of it ─► their places in the shuffled epochs ─► records ─► read and crop, row by row
 
-Global batch k is a function of the seed and k alone. Neither the number of processes nor that of workers changes it,
-and the position in the data is the number of batches consumed: resuming is starting at batch k.
+Global batch k is a function of the seed and k alone. Neither the number of processes nor that of workers and threads
+changes it, and the position in the data is the number of batches consumed: resuming is starting at batch k.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import resource_tracker
 from typing import NamedTuple
 
@@ -44,33 +47,83 @@ class BadLimit(NamedTuple):
         return cls(share, f"data.max_bad_share={config.max_bad_share:g} of {len(source):,} records")
 
 
+class Threads:
+    """So many threads of this process, which start when they are first needed. Pickled, it is another process's own."""
+
+    def __init__(self, count: int):
+        self.count, self._pool = count, concurrent.futures.ThreadPoolExecutor(count, "rows")
+
+    def __reduce__(self) -> tuple[type["Threads"], tuple[int]]:
+        return Threads, (self.count,)
+
+    def each(self, do: Callable[[int], None], number: int) -> None:
+        """Calls `do` with 0, 1, … below `number`, begun in this order.
+
+        After an error nothing more is begun; of several, that of the lowest number is raised.
+        """
+        left, errors = collections.deque(range(number)), {}
+
+        def work() -> None:
+            with contextlib.suppress(IndexError):
+                while True:
+                    item = left.popleft()
+                    try:
+                        do(item)
+                    except Exception as error:
+                        left.clear()
+                        errors[item] = error
+
+        for worker in [self._pool.submit(work) for _ in range(min(self.count, number))]:
+            worker.result()
+        if errors:
+            raise errors[min(errors)]
+
+    def close(self) -> None:
+        """Ends the threads, without waiting for what they do at the moment."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class LoadShare(grain.transforms.Map):
-    """Reads this process's rows of a global batch of indices."""
+    """Reads this process's rows of a global batch, given the batch's number."""
 
     source: Source
     features: StoredFeatures | None
+    order: grain.MapDataset  # of the records, epoch after epoch
+    batch_size: int  # B, rows of a global batch
     rows: np.ndarray
     limit: BadLimit
-    ended: list[bool] = dataclasses.field(default_factory=list)  # not empty: nobody waits for further batches
+    threads: Threads
+    ended: list[Exception] = dataclasses.field(default_factory=list)  # not empty: why nobody waits for further batches
 
-    def map(self, indices_B: np.ndarray) -> Batch:
-        """(B,) → of each of the R rows what `batches` yields."""
-        rows = [self._load(int(index)) for index in indices_B[self.rows]]
-        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    def map(self, number: int) -> Batch:
+        """Of each of the R rows what `batches` yields."""
+        first, batch, lock = int(number) * self.batch_size, {}, threading.Lock()
+        records = [int(self.order[first + row]) for row in self.rows.tolist()]
+
+        def load(row: int) -> None:
+            loaded = self._load(records[row])
+            with lock:  # the first one to come tells the shapes
+                if not batch:
+                    batch.update({key: np.empty((len(records), *np.shape(x)), x.dtype) for key, x in loaded.items()})
+            for key, value in loaded.items():
+                batch[key][row] = value
+
+        self.threads.each(load, len(records))
+        return batch
 
     def _load(self, index: int) -> Batch:
         """A record, bad being −1; if it cannot be read, the next one that can, and the number of the bad one."""
         tries = min(self.limit.records + 1, len(self.source))
         for offset in range(tries):
             if self.ended:
-                raise TransientError("reading was given up")
+                raise self.ended[0]
             record = (index + offset) % len(self.source)
             try:
                 row = {**self.source.load(record), "bad": np.int32(-1 if offset == 0 else index)}
                 return row if self.features is None else row | {"features": self.features[record]}
-            except (TransientError, UsageError, MemoryError):  # say nothing about the record
-                self.ended.append(True)  # threads that read ahead, which are joined, would try for minutes as well
+            except (TransientError, UsageError, MemoryError) as error:  # say nothing about the record
+                self.ended.append(error)  # other threads, which are joined, would try for minutes as well
                 raise
             except Exception as error:  # whatever a decoder throws at a broken file
                 reason = error
@@ -143,9 +196,14 @@ def batches(
       `BadRecords`; −1 = a good record), and of stored features those of the records: features (R, N, F) float16.
     """
     rows = np.arange(config.batch_size) if rows is None else rows
-    load = LoadShare(source, features, rows, BadLimit.from_config(config, source))
-    indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(config.batch_size)
-    yield from read_ahead(indices[start:].map(load), config.workers)
+    limit, threads = BadLimit.from_config(config, source), Threads(config.threads)
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    load = LoadShare(source, features, order, config.batch_size, rows, limit, threads)
+    numbers = grain.MapDataset.range(start, sys.maxsize // config.batch_size)
+    with contextlib.ExitStack() as closing:
+        closing.callback(threads.close)
+        closing.callback(load.ended.append, TransientError("reading has ended"))
+        yield from read_ahead(numbers.map(load), config.workers)
 
 
 def read_ahead(dataset: grain.MapDataset, workers: int) -> Iterator[Batch]:

@@ -10,7 +10,8 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     Halves with a box filter while the short side is at least twice `size`, resizes bicubically until the
     short side is `size`, and cuts out the centre. No flip, no other augmentation.
     """
-    image = image.convert("RGB")
+    if image.mode != "RGB":  # converting would copy it
+        image = image.convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

@@ -206,12 +206,12 @@ class SourceImages:
 
     settings = None
 
-    def __init__(self, config: ConfigDict):
-        """`config`: the `data` part of a configuration."""
-        self.records, self.image_size = open_source(config), (config.image_size, config.image_size)
+    def __init__(self, config: ConfigDict, beside: AnyPath | None = None):
+        """`config`: the `data` part of a configuration; `beside`: see `open_source`."""
+        self.records, self.image_size = open_source(config, beside), (config.image_size, config.image_size)
         self.limit = BadRecords(self.records, config)
-        where = {"folder": config.path, "tfds": f"{config.name}/{config.split}"}
-        self.source = where.get(config.source, config.source)
+        where = {"digits": "digits", "tfds": f"{config.name}/{config.split}"}
+        self.source = where.get(config.source, config.path)
         self.identity = f"{self.records.identity} {config.image_size} {self.records.decoding}".strip()
 
     @property

@@ -55,7 +55,7 @@ def compute_stats(
             if batch_size < 1:
                 raise UsageError(f"--batch-size={batch_size} must be at least 1.")
             networks = load_networks(features, feature_weights)
-            found = SourceImages(config.data) if images is None else open_images(images)
+            found = SourceImages(config.data, job.folder) if images is None else open_images(images)
             if num is not None and not 2 <= num <= len(found):
                 raise UsageError(f"--num={num} must be from 2 to {len(found)}, the images of {found.source}.")
             if len(found) < 2:

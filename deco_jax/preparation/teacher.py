@@ -5,9 +5,6 @@ import dataclasses
 import datetime
 import json
 import os
-import pathlib
-import re
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,19 +26,20 @@ from deco_jax.data.features import (
     missing_files,
     read_contents,
 )
-from deco_jax.data.pipeline import BadRecords, Batch, read_ahead
+from deco_jax.data.pipeline import BadRecords, Batch, Threads, read_ahead
 from deco_jax.data.records import Source
 from deco_jax.data.sources import open_source
 from deco_jax.diffusion.flow import to_float
 from deco_jax.encoders import teacher as teachers
 from deco_jax.encoders.frozen import FrozenWeights
 from deco_jax.encoders.teacher import IMAGE_PATCH
-from deco_jax.errors import Stopped, TransientError, UsageError
+from deco_jax.errors import Stopped, UsageError
 from deco_jax.jobs import Job, Progress, StopRequest, find_part, open_job
-from deco_jax.jobs.job import WHOLE
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel import processes
 from deco_jax.parallel.mesh import Layout
+from deco_jax.preparation.folder import check_space, remove_drafts
+from deco_jax.preparation.reading import LoadRecords
 from deco_jax.storage import AnyPath
 from deco_jax.version import __version__
 
@@ -66,7 +64,7 @@ def prepare_teacher(config: ConfigDict, out: str, batch_size: int, part: str | N
         records cannot be read.
     """
     with open_job("--out", out, find_part(part, os.environ)) as job:
-        source, teacher, contents = processes.agree(lambda: _open(config, batch_size))
+        source, teacher, contents = processes.agree(lambda: _open(config, batch_size, job.folder))
         processes.assert_equal("what is to be prepared", repr(dataclasses.astuple(contents)))
         processes.agree(lambda: _is_of(job.folder, contents))  # before anything is written there
         job.claim(lambda: _begin(job, contents))
@@ -84,11 +82,11 @@ def prepare_teacher(config: ConfigDict, out: str, batch_size: int, part: str | N
             job.say(f"{job.folder} is done. To train with it: --config.teacher.stored={job.folder}")
 
 
-def _open(config: ConfigDict, batch_size: int) -> tuple[Source, FrozenWeights, Contents]:
+def _open(config: ConfigDict, batch_size: int, folder: AnyPath | None = None) -> tuple[Source, FrozenWeights, Contents]:
     if batch_size < 1:
         raise UsageError(f"--batch-size={batch_size} must be at least 1.")
     teachers.check_grids(config)
-    source, teacher = open_source(config.data), teachers.load_teacher(config)
+    source, teacher = open_source(config.data, folder), teachers.load_teacher(config)
     tokens, width = (config.data.image_size // IMAGE_PATCH) ** 2, teacher.network.module.width
     contents = Contents(
         identity=source.identity,
@@ -121,13 +119,11 @@ def _summary(contents: Contents, missing: int) -> str:
 
 def _begin(job: Job, contents: Contents) -> None:
     """Removes what a start that was killed has left, and writes into the folder what its features are of."""
-    if not storage.is_remote(job.folder):
-        with storage.writing(job.folder):
-            for draft in job.folder.glob(".features*"):
-                file = re.match(r"\.features-(\d+)", draft.name)
-                if job.part == WHOLE or (file and job.is_mine(int(file[1]))):  # other parts are at work
-                    shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
-        _check_space(job.folder, contents)
+    remove_drafts(job, "features")
+    needed = sum(_bytes(*contents.shape(file)) for file in missing_files(job.folder, contents))
+    check_space(
+        job, needed, "the missing features take", ", or train with the teacher in every step: teacher.stored=''"
+    )
     if not _is_of(job.folder, contents):
         storage.write_json(job.folder / PARTIAL, dataclasses.asdict(contents))
 
@@ -150,16 +146,6 @@ def _is_of(folder: AnyPath, contents: Contents) -> bool:
     return True
 
 
-def _check_space(folder: pathlib.Path, contents: Contents) -> None:
-    needed = sum(_bytes(*contents.shape(file)) for file in missing_files(folder, contents))
-    usage = shutil.disk_usage(folder)
-    if usage.total and needed > usage.free:  # some network folders say nothing
-        raise UsageError(
-            f"--out={folder} has {usage.free / 1e9:,.1f} GB free, and the missing features take "
-            f"{needed / 1e9:,.1f} GB; choose another disk, or train with the teacher in every step: teacher.stored=''."
-        )
-
-
 # --- the features
 
 
@@ -177,7 +163,8 @@ def _write_files(
         computed = iter(())
         if mine:
             records_MxB = np.concatenate([_in_batches(contents, file, batch_size) for file in mine])
-            load = LoadRecords(source, contents.image_size)
+            load = LoadRecords(source, contents.image_size, Threads(config.data.threads))
+            closing.callback(load.threads.close)
             workers = min(config.data.workers, len(records_MxB))
             batches = read_ahead(grain.MapDataset.source(records_MxB).map(load), workers)
             computed = _compute(teacher, closing.enter_context(contextlib.closing(batches)), layout, source)
@@ -193,28 +180,6 @@ def _in_batches(contents: Contents, file: int, batch_size: int) -> np.ndarray:
     records = np.full((-(-rows // batch_size), batch_size), -1)
     records.flat[:rows] = np.arange(first, first + rows)
     return records
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadRecords(grain.transforms.Map):
-    """Reads records by their numbers."""
-
-    source: Source
-    size: int  # pixels along a side
-
-    def map(self, records_B: np.ndarray) -> Batch:
-        """(B,), −1 for none → image (B, H, W, 3) uint8, record (B,), bad (B,): its number if unreadable, else −1."""
-        images = np.zeros((len(records_B), self.size, self.size, 3), np.uint8)
-        bad = np.full(len(records_B), -1)
-        for row, record in enumerate(records_B.tolist()):
-            try:
-                if record >= 0:
-                    images[row] = self.source.load(record)["image"]
-            except (TransientError, UsageError, MemoryError):  # say nothing about the record
-                raise
-            except Exception:  # whatever a decoder throws at a broken file
-                bad[row] = record
-        return {"image": images, "record": records_B, "bad": bad}
 
 
 def _compute(

@@ -21,7 +21,7 @@ from deco_jax.training.goodput import Clock
 from deco_jax.training.hooks import Profile, SampleGrids
 from deco_jax.training.online import OnlineEvaluation
 from deco_jax.training.optimizer import check_schedule
-from deco_jax.training.report import Reporter
+from deco_jax.training.report import Reporter, data_in_words
 from deco_jax.training.step import jit_step, step_flops
 from deco_jax.training.watch import Watch
 from deco_jax.version import __version__
@@ -47,7 +47,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         _use_compilation_cache(config, folder)
         clock = Clock()
         with clock.phase("init"):
-            parts = processes.agree(lambda: start.open_parts(config))
+            parts = processes.agree(lambda: start.open_parts(config, folder))
             start.check_processes_agree(config, parts)
             layout, mesh, train_step, source = parts.layout, parts.layout.mesh, parts.train_step, parts.source
             abstract = start.abstract_state(train_step, layout)
@@ -88,7 +88,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         del parts  # and with it the frozen networks' copies on this host
 
         flops, mirror = step_flops(train_step, config.data.image_size), Mirror(folder)
-        reporter = Reporter(config.train, batch_size, mirror, step, clock, flops)
+        reporter = Reporter(config.train, batch_size, mirror, step, clock, flops, data_in_words(config.data))
         job.closing.push(reporter.close)
         profile = Profile(config, mirror.folder)
         job.closing.callback(profile.running.close)

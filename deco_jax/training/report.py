@@ -1,5 +1,6 @@
 """What does a run tell while it trains? Scalars to JSONL and TensorBoard, pictures, a progress bar or lines."""
 
+import concurrent.futures
 import contextlib
 import json
 import time
@@ -19,28 +20,48 @@ from deco_jax.training.goodput import Clock, Goodput
 from deco_jax.training.online import Evaluated
 
 COPY_EVERY = 60.0  # seconds between copies of what was written, where the workdir is in a bucket
+SLOW_DATA = 0.05  # share of the time for which devices may wait for data before the log says it
 
 
 class Reporter:
     """All that a run tells while it trains. The scalars of a step are read when the next one is under way."""
 
     def __init__(
-        self, config: ConfigDict, batch_size: int, mirror: Mirror, step: int, clock: Clock, image_flops: float
+        self,
+        config: ConfigDict,
+        batch_size: int,
+        mirror: Mirror,
+        step: int,
+        clock: Clock,
+        image_flops: float,
+        data: str,
     ):
-        """`config` is the `train` part of a configuration, `step` the first, `image_flops` a step's per image."""
+        """Opens the logs.
+
+        Args:
+          config: the `train` part of a configuration.
+          batch_size: images of a step.
+          mirror: of the workdir.
+          step: the first.
+          clock: of the loop.
+          image_flops: a step's per image.
+          data: where the images come from, see `data_in_words`.
+        """
         first = jax.process_index() == 0
         self.config, self.batch_size, self.clock, self.step, self.mirror = config, batch_size, clock, step, mirror
+        self.data, self.idle = data, Idle(clock)
         peak = peak_flops(jax.devices()[0])
         self.mfu_of_an_image = None if peak is None else image_flops / (peak * jax.device_count())
         self.progress = Progress(config.steps, "step", step, first)
         self.writers = Writers(mirror) if first else None
         self.goodput = Goodput(mirror, step, clock, first)
         self.waiting: tuple[int, dict[str, jax.Array]] | None = None  # a step to log, its metrics on the devices
-        self.since: tuple[int, float, float] | None = None  # see `_now`, when something was last logged
+        self.since: tuple[int, float, float, float] | None = None  # see `_now`, when something was last logged
         self.copied = time.monotonic()
 
     def after(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes note of a step that has been dispatched; logs the one that was waiting."""
+        self.idle.dispatched(metrics)
         self.write()
         self.step = step
         if self.since is None:  # the first step's time is the compiler's
@@ -61,7 +82,7 @@ class Reporter:
         (step, metrics), self.waiting = self.waiting, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         before, self.since = self.since, self._now(step)
-        steps, busy, data_wait = (new - old for new, old in zip(self.since, before, strict=True))
+        steps, busy, data_wait, idle = (new - old for new, old in zip(self.since, before, strict=True))
         if steps:
             values["step_seconds"], values["data_wait_seconds"] = busy / steps, data_wait / steps
             values["images_per_second"] = self.batch_size / values["step_seconds"]
@@ -72,15 +93,21 @@ class Reporter:
         shown = f"loss {values['loss']:.4f}"
         if steps:
             shown += f", {values['images_per_second']:.0f} images/s"
+            if idle > SLOW_DATA * busy:
+                waiting = f"{100 * idle / busy:.0f} % waiting for data ({self.data})"
+                shown += f", {waiting}"
+                if self.writers is None:  # whose lines nobody sees
+                    logging.warning("Process %d, step %d: %s", jax.process_index(), step, waiting)
         self.progress.show(step, shown, values.get("step_seconds"))
         if time.monotonic() - self.copied > COPY_EVERY:
             self.flush()
 
-    def _now(self, step: int) -> tuple[int, float, float]:
-        """(step, a clock that stands still while the run samples, saves or compiles, seconds of waiting for data)."""
+    def _now(self, step: int) -> tuple[int, float, float, float]:
+        """(step, a clock that stands still while the run samples, saves or compiles, seconds of waiting for data of the
+        loop, and of the devices)."""
         seconds = self.clock.seconds
         busy = time.perf_counter() - sum(seconds[name] for name in ("eval", "checkpoint", "compile"))
-        return step, busy, seconds["data wait"]
+        return step, busy, seconds["data wait"], self.idle.seconds
 
     def picture(self, step: int, grid_HxWx3: np.ndarray) -> None:
         """Keeps a grid of samples (uint8)."""
@@ -115,6 +142,7 @@ class Reporter:
     def close(self, error_type: type | None, *_: Any) -> None:
         """Ends logs and bar, and says where the time went; called as the run ends, with the exception's type if any."""
         ended = error_type is None and self.step >= self.config.steps
+        self.idle.close()
         self.progress.close()
         with going_on("goodput.jsonl"):
             self.progress.say(self.goodput.close(self.step, ended))
@@ -122,6 +150,43 @@ class Reporter:
             self.writers.close()
         with going_on("metrics, pictures or profile"):
             self.mirror.close()
+
+
+class Idle:
+    """For how long had this process's devices nothing to do, as the next batch was not there?
+
+    The loop waits for a batch while they work on the step before, so a part of its waiting, perhaps all, costs nothing.
+    """
+
+    def __init__(self, clock: Clock):
+        self.seconds, self._clock = 0.0, clock
+        self._watching = concurrent.futures.ThreadPoolExecutor(1, "steps")
+        self._last: tuple[float, float, concurrent.futures.Future[float]] | None = None  # see `dispatched`
+
+    def dispatched(self, metrics: dict[str, jax.Array]) -> None:
+        """Takes note of a step that has its batch and has been dispatched; the one before it is done."""
+        now, waited = time.perf_counter(), self._clock.seconds["data wait"]
+        if self._last is not None:
+            then, waited_then, done = self._last
+            waits = waited - waited_then  # from `then` on, unless the loop sampled or saved first
+            self.seconds += min(max(then + waits - done.result(), 0.0), waits)
+        self._last = now, waited, self._watching.submit(_when_done, metrics)
+
+    def close(self) -> None:
+        """Ends the thread once its step is done."""
+        self._watching.shutdown(wait=False)
+
+
+def _when_done(metrics: dict[str, jax.Array]) -> float:
+    with contextlib.suppress(Exception):  # the loop gets it as well
+        jax.block_until_ready(metrics)
+    return time.perf_counter()
+
+
+def data_in_words(config: ConfigDict) -> str:
+    """Where the images come from, as `config`, the `data` part of a configuration, says: "folder /data/imagenet"."""
+    name = f"{config.name}/{config.split}" if config.source == "tfds" else ""
+    return " ".join(part for part in (config.source, name, config.path) if part)
 
 
 class Writers:

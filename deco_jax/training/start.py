@@ -52,15 +52,15 @@ class Parts:
         return stored | {weights.network.name: weights.digest for weights in self.frozen}
 
 
-def open_parts(config: ConfigDict) -> Parts:
-    """Opens all that `config` names.
+def open_parts(config: ConfigDict, workdir: AnyPath) -> Parts:
+    """Opens all that `config` names; `workdir` gets the index of the images if their folder cannot be written.
 
     Raises:
       UsageError: something is not there, or does not fit the rest.
     """
     layout = meshes.make_layout(config.mesh)
     check_devices(config, layout.mesh)
-    source = open_source(config.data)
+    source = open_source(config.data, workdir)
     frozen, features = (), None
     if config.loss.alignment_weight and config.teacher.stored:
         features = open_features(config, source)

@@ -1,5 +1,6 @@
 """Does every kind of image file become the picture that people see, and none of them a wrong one without a word?"""
 
+import gc
 import io
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from PIL import Image
 
 from deco_jax.config import default_config
 from deco_jax.data.decode import Decoder, decode
+from deco_jax.data.transforms import center_crop
 from deco_jax.errors import UsageError
 
 
@@ -37,6 +39,40 @@ def test_plain_images_are_what_pillow_reads(kind, options):
     expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
     for orient, background in ((True, "white"), (False, ""), (True, "#102030")):
         np.testing.assert_array_equal(decode(content, orient, background), expected)
+
+
+def test_jpeg_decoded_at_a_smaller_scale_is_another_picture():
+    """libjpeg can leave out the finest frequencies, in half the time. But its halves are not those of the box filter
+    that the ADM crop begins with, so images of the same files would differ from upstream's, and we decode the whole."""
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
+    content = encode(small.resize((640, 480), Image.Resampling.BICUBIC), "JPEG", quality=95)
+    scaled = Image.open(io.BytesIO(content))
+    scaled.draft("RGB", (320, 240))
+    assert scaled.size == (320, 240)
+    crop = Decoder(size=240, orient=True, background="white")(content)
+    assert not np.array_equal(center_crop(scaled, 240), crop)
+    whole = Image.open(io.BytesIO(content))
+    np.testing.assert_array_equal(center_crop(whole.resize((320, 240), Image.Resampling.BOX), 240), crop)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_an_image_is_free_as_soon_as_its_crop_is_there():
+    """Megabytes each: a cycle of references would keep thousands until Python's collector comes by."""
+    image = Image.new("RGB", (37, 41))  # no other test has one of this size
+    contents = [encode(image, kind) for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF")]
+    contents.append(encode(image, "JPEG", exif=BROKEN_EXIF))
+    del image
+    decoder = Decoder(size=16, orient=True, background="white")
+    gc.collect()
+    gc.disable()
+    try:
+        for content in contents:
+            decoder(content)
+        left = [x for x in gc.get_objects() if isinstance(x, Image.Image) and x.size == (37, 41)]
+    finally:
+        gc.enable()
+    assert not left
 
 
 def test_16_bits_of_grey():

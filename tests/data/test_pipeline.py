@@ -4,18 +4,24 @@ import dataclasses
 import itertools
 import multiprocessing
 import pathlib
+import pickle
 import re
 import signal
+import subprocess
+import sys
+import threading
+import time
 
+import grain
 import numpy as np
 import pytest
 from PIL import Image
 
 from deco_jax.conditions import ClassLabels
 from deco_jax.config import default_config
-from deco_jax.data.pipeline import BadRecords, batches, fingerprint
+from deco_jax.data.pipeline import BadLimit, BadRecords, LoadShare, Threads, batches, fingerprint
 from deco_jax.data.sources import open_source
-from deco_jax.errors import UsageError
+from deco_jax.errors import TransientError, UsageError
 
 
 @dataclasses.dataclass
@@ -116,6 +122,162 @@ def test_the_seed_decides_the_order():
     orders = [labels(take(9, data_config(), Numbers(36), seed)).tolist() for seed in (0, 0, 1, 2)]
     assert orders[0] == orders[1]
     assert len({tuple(order) for order in orders}) == 3
+
+
+def test_the_order_is_that_of_runs_which_are_under_way():
+    """They once took rows out of whole batches of grain's: a run that was begun so must go on with the same images."""
+    recorded = [4, 6, 9, 7, 5, 3, 1, 8, 2, 0, 8, 1, 3, 7, 9, 0, 5, 4, 2, 6, 4, 0, 7, 9]  # three epochs, cut
+    assert labels(take(6, data_config(), Numbers(10), seed=3)).tolist() == recorded, "grain shuffles in another way now"
+    cases = itertools.product((1, 10, 250), (0, 2**31 - 1), (1, 7, 32), (0, 10**7))
+    for records, seed, batch_size, start in cases:
+        whole = grain.MapDataset.range(records).seed(seed).shuffle().repeat().batch(batch_size)
+        for rows in (np.arange(batch_size), np.arange(batch_size)[batch_size // 2 :]):
+            taken = take(3, data_config(batch_size=batch_size), Numbers(records), seed, start, rows=rows)
+            expected = np.stack([whole[k][rows] for k in range(start, start + 3)])
+            case = f"{records} records, seed {seed}, batch {batch_size}, from {start} on"
+            np.testing.assert_array_equal([batch["label"] for batch in taken], expected, case)
+
+
+def test_a_process_works_out_its_own_rows_alone():
+    """Of a batch of 4,096 for 32 hosts, a host's workers would look up 32 times as many places as they need."""
+    looked_up = []
+
+    class Order:
+        def __getitem__(self, place):
+            looked_up.append(place)
+            return place % 90
+
+    config, rows = data_config(), np.array([2, 3])
+    limit, threads = BadLimit.from_config(config, Numbers()), Threads(2)
+    batch = LoadShare(Numbers(), None, Order(), 64, rows, limit, threads).map(7)
+    threads.close()
+    assert looked_up == [7 * 64 + 2, 7 * 64 + 3]
+    assert batch["label"].tolist() == [(7 * 64 + 2) % 90, (7 * 64 + 3) % 90]
+
+
+# --- threads
+
+
+def test_threads_change_nothing(tmp_path):
+    """Whichever is done first, each row is in its place; broken files too."""
+    break_images(write_images(tmp_path)[4:6])
+    config, source = open_folder(tmp_path, threads=1, batch_size=8)
+    one = take(9, config, source)
+    assert sum((batch["bad"] >= 0).sum() for batch in one) == 12
+    for threads in (2, 3, 16):
+        config.threads = threads
+        for k, (batch, expected) in enumerate(zip(take(9, config, source), one, strict=True)):
+            assert_equal(batch, expected, f"batch {k} with {threads} threads")
+
+
+def test_rows_are_read_at_a_time():
+    """Each waits for two others, so reading one after the other, or two at a time, would never end."""
+    barrier = threading.Barrier(3)
+
+    class Waiting(Numbers):
+        def load(self, index):
+            barrier.wait(timeout=20)
+            return super().load(index)
+
+    (batch,) = take(1, data_config(batch_size=6, threads=3), Waiting(), rows=np.arange(3))
+    assert sorted(batch["label"]) == sorted(set(batch["label"]))
+
+
+def wait_until(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def test_the_end_leaves_no_thread_and_waits_for_none():
+    """A storage may hang as a run ends; and a notebook that opens data many times must not fill up with threads."""
+    go_on, reads = threading.Event(), []
+
+    class Hanging(Numbers):
+        def load(self, index):
+            reads.append(index)
+            if len(reads) > 8:  # those read ahead hang
+                go_on.wait(timeout=60)
+            return super().load(index)
+
+    before = set(threading.enumerate())
+    iterator = batches(data_config(threads=3), 0, Hanging(), 0)
+    next(iterator)
+    wait_until(lambda: len(reads) == 11)
+    start = time.monotonic()
+    iterator.close()
+    assert time.monotonic() - start < 5
+    assert sum(thread.name.startswith("rows") for thread in set(threading.enumerate()) - before) == 3, "nothing hung"
+    go_on.set()
+    wait_until(lambda: not set(threading.enumerate()) - before)
+    assert len(reads) == 11, "records were read for nobody"
+
+
+def test_workers_end_with_their_threads(tmp_path):
+    write_images(tmp_path)
+    config, source = open_folder(tmp_path, workers=2, threads=3)
+    others, iterator = set(multiprocessing.active_children()), batches(config, 0, source, 0)
+    next(iterator)
+    workers = set(multiprocessing.active_children()) - others
+    assert len(workers) == 2
+    for worker in workers:
+        wait_until(lambda tasks=pathlib.Path(f"/proc/{worker.pid}/task"): len(list(tasks.iterdir())) > 3)  # are at work
+    iterator.close()
+    wait_until(lambda: not workers & set(multiprocessing.active_children()))
+
+
+def test_a_program_that_just_ends_says_nothing():
+    """A notebook or script need not close anything; what is torn down with the interpreter must not complain."""
+    program = (
+        "from deco_jax.config import default_config\n"
+        "from deco_jax.data.pipeline import batches\n"
+        "from deco_jax.data.sources import open_source\n"
+        "if __name__ == '__main__':\n"
+        "    config = default_config().data\n"
+        "    config.update(source='digits', image_size=28, batch_size=64, workers=0)\n"
+        "    reading = batches(config, 0, open_source(config), 0)\n"
+        "    print(next(reading)['image'].shape)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(64, 28, 28, 3)\n", "")
+
+
+def test_an_error_of_the_storage_ends_all_threads_with_its_own_words():
+    """Whichever thread comes first: exit code and message are those of what happened, not of what followed from it."""
+
+    class Failing(Numbers):
+        def load(self, index):
+            time.sleep(0.001)
+            if index == 41:
+                raise TransientError("reading 41 still fails")
+            return super().load(index)
+
+    for _ in range(10):
+        with pytest.raises(TransientError, match="reading 41 still fails"):
+            take(3, data_config(batch_size=64, threads=8), Failing())
+
+
+def test_of_several_errors_the_first_row_s_is_raised():
+    """So a run fails in the same words each time."""
+    threads, begun = Threads(4), []
+
+    def do(item):
+        begun.append(item)
+        time.sleep(0.05 if item == 2 else 0)
+        if item >= 2:
+            raise ValueError(f"row {item}")
+
+    with pytest.raises(ValueError, match="row 2"):
+        threads.each(do, 1000)
+    assert len(begun) < 10, "after an error nothing more is begun"
+    copy = pickle.loads(pickle.dumps(threads))
+    threads.close()
+    done = []
+    copy.each(done.append, 50)
+    copy.each(done.append, 0)
+    assert sorted(done) == list(range(50)), "a worker's copy has threads of its own"
+    copy.close()
 
 
 # --- files

@@ -23,6 +23,29 @@ def test_equals_the_recorded_crops(k):
     )
 
 
+def upstreams_crop(image, size):
+    """As ADM's guided_diffusion/image_datasets.py writes it, and DeCo's loader after it."""
+    while min(*image.size) >= 2 * size:
+        image = image.resize(tuple(x // 2 for x in image.size), resample=Image.Resampling.BOX)
+    scale = size / min(*image.size)
+    image = image.resize(tuple(round(x * scale) for x in image.size), resample=Image.Resampling.BICUBIC)
+    array = np.array(image)
+    top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+    return array[top : top + size, left : left + size]
+
+
+def test_equals_upstreams_crop_at_all_sizes():
+    """To the bit: what is saved in time must not cost a rounding."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (400, 400, 3), np.uint8))
+    for width, height in rng.integers(1, 400, (300, 2)).tolist():
+        image = noise.crop((0, 0, width, height))
+        for size in (16, 31, 100):
+            expected = upstreams_crop(image, size)
+            np.testing.assert_array_equal(center_crop(image, size), expected, f"{width}×{height} to {size}")
+    np.testing.assert_array_equal(image, noise.crop((0, 0, width, height)), "the image itself must stay as it is")
+
+
 def test_leaves_an_image_of_the_right_size_alone():
     """The crop neither flips nor resamples what already fits (the paper trains without augmentation)."""
     image_16x16x3 = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)

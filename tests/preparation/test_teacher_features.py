@@ -26,6 +26,7 @@ from deco_jax.diffusion.flow import to_float
 from deco_jax.diffusion.objective import alignment_loss
 from deco_jax.encoders.teacher import load_teacher
 from deco_jax.errors import TransientError, UsageError
+from deco_jax.preparation import folder as folder_rules
 from deco_jax.preparation import teacher as prepare
 from deco_jax.preparation.teacher import prepare_teacher
 from tests.helpers import programs, random_dinov2
@@ -183,7 +184,7 @@ def test_a_file_that_was_removed_is_made_again(config, tmp_path):
 
 def small_folder(folder, config, **changes):
     """A folder that holds two of three files."""
-    _, _, contents = prepare._open(config, 8)
+    _, _, contents = prepare._open(config, 8, folder)
     folder.mkdir()
     storage.write_json(folder / PARTIAL, contents.__dict__ | changes)
     for k in range(2):
@@ -225,8 +226,8 @@ def test_what_cannot_begin_is_said_before_anything_is_written(config, tmp_path, 
         with pytest.raises(UsageError, match=message):
             prepare_teacher(changed, *arguments)
     assert not out.exists()
-    usage = prepare.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: usage._replace(free=5119))
+    usage = folder_rules.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(folder_rules.shutil, "disk_usage", lambda _: usage._replace(free=5119))
     with pytest.raises(UsageError, match="has 0.0 GB free, and the missing features take 0.0 GB; choose another disk"):
         prepare_teacher(config, str(out), 8)
     assert not files_of(out)
@@ -545,7 +546,7 @@ def test_the_command(config, tmp_path, capsys):
             [*command, "--config.data.image_size=16"],
             "tokens: 4 there, 1 here; image_size: 32 there, 16 here",
         ),
-        ([part for part in command if part != "--teacher"], "the following arguments are required: --teacher"),
+        ([part for part in command if part != "--teacher"], "one of the arguments --images --teacher is required"),
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main(wrong)

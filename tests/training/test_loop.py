@@ -19,6 +19,7 @@ from deco_jax.config import restore_config
 from deco_jax.data import pipeline
 from deco_jax.errors import TransientError, UsageError
 from deco_jax.parallel import mesh as meshes
+from deco_jax.preparation.images import prepare_images
 from deco_jax.preparation.teacher import prepare_teacher
 from deco_jax.training.loop import train
 from deco_jax.training.start import abstract_state, find_weights, first_state
@@ -67,6 +68,19 @@ def test_resuming_is_exact(tiny_config, straight, tmp_path):
     assert_same(final_state(tmp_path), final_state(straight))
     assert [line["step"] for line in logged(straight)] == [1, 2, 3, 4, 5, 6]
     assert [line["loss"] for line in logged(tmp_path)] == [line["loss"] for line in logged(straight)]
+
+
+def test_a_run_goes_on_from_prepared_images(tiny_config, straight, tmp_path, capsys):
+    """Begun on the source, finished on what was prepared of it in the meantime: not a bit is different."""
+    tiny_config.train.update(log_every=1, save_every=3, steps=3)
+    train(tiny_config, str(tmp_path / "run"))
+    prepare_images(tiny_config, str(tmp_path / "images"), 500)
+    tiny_config.train.steps = 6
+    tiny_config.data.update(source="prepared", path=str(tmp_path / "images"))
+    train(tiny_config, str(tmp_path / "run"))
+    assert "Changed since the checkpoint: data.source: digits there, prepared here." in capsys.readouterr().out
+    assert_same(final_state(tmp_path / "run"), final_state(straight))
+    assert [line["loss"] for line in logged(tmp_path / "run")] == [line["loss"] for line in logged(straight)]
 
 
 def test_data_that_stop_coming_lose_nothing(tiny_config, straight, tmp_path, monkeypatch):

@@ -1,0 +1,290 @@
+"""Which images are in a folder or in tars, without listing them at every start? A file says it, which is mapped.
+
+    DATA/.deco_jax_index.safetensors     beside the data, or where that cannot be written, in the folder of the job;
+                                         made at the first start, and anew when the data have changed
+    TMPDIR/deco_jax_UID/….safetensors    this machine's copy, which all processes and their workers map
+
+The format is that of safetensors: names, labels, and for images in tars their places; in the metadata what a run says
+of them, with a checksum. Only the copy is mapped: a page of a network folder that does not come kills a process.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from safetensors.numpy import save
+
+from deco_jax import storage
+from deco_jax.data.reading import read_bytes
+from deco_jax.data.records import FEW, first_of, images_line
+from deco_jax.errors import TransientError, UsageError
+from deco_jax.storage import AnyPath
+
+VERSION = 1
+ENDING = ".safetensors"
+NAME = f".deco_jax_index{ENDING}"
+RECENT = 2.0  # seconds before a listing in which a change need not change the time of a folder again
+FIRST_TIME = 10 * 365 * 86400  # seconds since 1970: storage that keeps no times says less
+FIRST_PAUSE, LONGEST_PAUSE = 5.0, 60.0  # seconds between lines on a listing
+TYPES = {"I64": np.int64, "I32": np.int32, "U8": np.uint8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """What was found in a folder or in tars."""
+
+    names: Sequence[str]  # of the images, "cat/1.png", in the order of the records
+    class_names: tuple[str, ...]
+    ignored: Mapping[str, int]  # files that are no images, by kind
+    state: Any  # JSON that tells whether the data are still the same; None: nothing could
+    why: str = ""  # there is no state
+    tars: Sequence[str] = ()  # files that the images lie in
+    places_Kx3: np.ndarray | None = None  # number of that file, first byte, bytes
+
+
+class Index:
+    """The images of a data set by number, mapped from a file that all processes of the machine share.
+
+    Its pickle is a path: a worker maps the same pages.
+    """
+
+    def __init__(self, path: pathlib.Path, identity: str, line: str = ""):
+        """Maps it.
+
+        Args:
+          path: of the file, on this machine.
+          identity: of the images, see `Source`.
+          line: says where the file came from.
+
+        Raises:
+          TransientError: it is gone; the same command makes it anew.
+          UsageError: it is by now of other images.
+        """
+        self.path, self.line = path, line
+        try:
+            content = np.memmap(path, np.uint8, "r")
+        except OSError as error:
+            raise TransientError(f"{path} went away while this run started: {error}") from error
+        about, arrays = _parse(np.asarray(content))
+        self.identity: str = about["identity"]
+        if self.identity != identity:
+            raise UsageError(f"{path}: the images have changed while this run started; start it again.")
+        self.class_names = tuple(about["class_names"])
+        self.contents: dict[str, Any] = about["contents"]  # see `Source`
+        self.ignored = collections.Counter(about["ignored"])
+        self.tars: list[str] = about["tars"]
+        self.labels_K = arrays["labels"]
+        self._names, self._starts, self._places_Kx3 = arrays["names"], arrays["starts"], arrays.get("places")
+
+    def __len__(self) -> int:
+        return len(self.labels_K)
+
+    def __reduce__(self) -> tuple:
+        return Index, (self.path, self.identity)
+
+    def name(self, number: int) -> str:
+        """Of an image: "cat/1.png"."""
+        start, stop = self._starts[number : number + 2]
+        return self._names[start:stop].tobytes().decode()
+
+    def place(self, number: int) -> tuple[str, int, int]:
+        """Of an image in tars: the file, its first byte in it, and how many there are."""
+        file, start, size = self._places_Kx3[number].tolist()
+        return self.tars[file], start, size
+
+    def summary(self) -> list[str]:
+        """See `Source`."""
+        lines = [images_line(len(self), self.class_names, np.bincount(self.labels_K).tolist())]
+        if self.ignored:
+            kinds = [f"{count:,} {kind}" for kind, count in self.ignored.most_common()]
+            lines.append(f"Ignored: {self.ignored.total():,} files ({first_of(kinds)}).")
+        return [*lines, *([self.line] if self.line else [])]
+
+
+class Telling:
+    """Says in growing pauses what a long listing is doing."""
+
+    def __init__(self, root: str):
+        self.root, self.last, self.pause = root, time.monotonic(), FIRST_PAUSE
+
+    def __call__(self, done: str) -> None:
+        """`done`: how far it is."""
+        if (now := time.monotonic()) - self.last >= self.pause:
+            self.last, self.pause = now, min(2 * self.pause, LONGEST_PAUSE)
+            logging.warning("Listing the images in %s: %s so far.", self.root, done)
+
+
+def open_index(
+    root: str,
+    place: AnyPath,
+    beside: AnyPath | None,
+    find: Callable[[], Listing],
+    is_current: Callable[[Any], bool],
+) -> Index:
+    """The index of a data set, made by listing it if there is none or the data have changed.
+
+    Only one process of the machine lists at a time, and those that waited for it take what it found.
+
+    Args:
+      root: the data's path.
+      place: of the index, beside the data.
+      beside: a folder in which it is kept if it cannot be there.
+      find: lists.
+      is_current: whether a listing's state is that of the data.
+
+    Raises:
+      UsageError: there is nothing to list, or the temporary folder is full.
+    """
+    begun, clock = time.time(), time.monotonic()
+    key = hashlib.sha256(repr((os.fspath(storage.resolved(root)), place.name)).encode()).hexdigest()[:16]
+    name = f"{place.name.removesuffix(ENDING)}-{key}{ENDING}"
+    copy = _machine_folder() / name.lstrip(".")
+    places = [place, *([beside / name] if beside is not None else [])]
+    with storage.host_lock(copy):
+        reasons = []
+        for path in [*places, copy]:
+            content = _read(path)
+            if content is None:
+                continue
+            try:
+                about, arrays = _parse(np.frombuffer(content, np.uint8), check=True)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                reasons.append(f"{path} is damaged or of another version: {error}")
+                continue
+            state = json.loads(arrays["state"].tobytes())
+            just_made = path == copy and copy.stat().st_mtime >= begun  # by a process that was waited for
+            if just_made or (state is not None and is_current(state)):
+                line = f"Index: {path}, checked in {time.monotonic() - clock:.1f} s."
+                break
+            reasons += ["the data have changed"] if state is not None else []
+        else:
+            listing = find()
+            content, about = _content(root, listing)
+            kept = None if listing.state is None else _keep(content, places) or copy
+            line = _line(listing, time.monotonic() - clock, kept, "; ".join(reasons[:1]))
+        if _read(copy) != content:
+            with storage.writing(copy), storage.write_beside(copy) as draft:
+                draft.write_bytes(content)
+    return Index(copy, about["identity"], line)
+
+
+def _machine_folder() -> pathlib.Path:
+    """This user's, for files that are shared by the processes of this machine."""
+    folder = pathlib.Path(tempfile.gettempdir()) / f"deco_jax_{os.getuid()}"
+    with storage.writing(folder):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise UsageError(f"{folder} belongs to another user; set TMPDIR to a folder of your own.")
+    return folder
+
+
+def _line(listing: Listing, seconds: float, kept: AnyPath | None, reason: str) -> str:
+    because = f" ({reason})" if reason else ""
+    where = f"kept in {kept}" if kept else f"and again at the next start, as {listing.why}"
+    return f"Index: {len(listing.names):,} images listed in {seconds:.1f} s{because}, {where}."
+
+
+# --- the file
+
+
+def _content(root: str, listing: Listing) -> tuple[bytes, dict[str, Any]]:
+    """Of the file, and what its metadata say."""
+    number = {name: label for label, name in enumerate(listing.class_names)}
+    labels = np.array([number[name.partition("/")[0]] for name in listing.names], np.int32)
+    try:
+        encoded = [name.encode() for name in listing.names]
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{root} holds the file {os.fsencode(error.object)}, whose name is no UTF-8; rename it."
+        ) from None
+    joined = b"\0".join([*(name.encode() for name in listing.class_names), b"", *encoded])
+    ends = np.cumsum(np.bincount(labels)).tolist()  # names are in the order of their classes
+    classes = {
+        name: [stop - start, hashlib.sha256(b"\0".join(encoded[start:stop])).hexdigest()[:8]]
+        for name, start, stop in zip(listing.class_names, [0, *ends], ends, strict=False)
+    }
+    names = list(listing.names) if len(encoded) <= FEW else []
+    about = {
+        "version": VERSION,
+        "root": root,
+        "identity": f"folder {hashlib.sha256(joined).hexdigest()}",
+        "class_names": listing.class_names,
+        "contents": {"source": "folder", "records": len(encoded), "classes": classes, "names": names},
+        "ignored": dict(listing.ignored),
+        "tars": listing.tars,
+    }
+    arrays = {
+        "labels": labels,
+        "names": np.frombuffer(b"".join(encoded), np.uint8),
+        "starts": np.cumsum([0, *map(len, encoded)], dtype=np.int64),
+        "state": np.frombuffer(json.dumps(listing.state).encode(), np.uint8),
+    }
+    if listing.places_Kx3 is not None:
+        arrays["places"] = listing.places_Kx3
+    text = json.dumps(about)
+    return save(arrays, {"deco_jax_index": f"{_checksum(text, arrays)} {text}"}), about
+
+
+def _checksum(text: str, arrays: dict[str, np.ndarray]) -> str:
+    value = zlib.crc32(text.encode())
+    for name in sorted(arrays):
+        value = zlib.crc32(np.ascontiguousarray(arrays[name]).view(np.uint8), value)
+    return f"{value:08x}"
+
+
+def _parse(content: np.ndarray, check: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What the bytes of a file say, and its arrays, which lie in them.
+
+    Raises:
+      ValueError, KeyError, TypeError, AttributeError: they are no whole index of this version; with `check`, or a byte
+        is another.
+    """
+    stop = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    if not 8 < stop <= len(content):
+        raise ValueError("it is cut off")
+    header = json.loads(content[8:stop].tobytes())
+    metadata, arrays = header.pop("__metadata__"), {}
+    checksum, _, text = metadata["deco_jax_index"].partition(" ")
+    about = json.loads(text)
+    if about["version"] != VERSION:
+        raise ValueError(f"version {about['version']}, where {VERSION} is read")
+    for name, tensor in header.items():
+        first, last = (stop + offset for offset in tensor["data_offsets"])
+        if last > len(content):
+            raise ValueError("it is cut off")
+        arrays[name] = content[first:last].view(TYPES[tensor["dtype"]]).reshape(tensor["shape"])
+    if check and checksum != _checksum(text, arrays):
+        raise ValueError("its checksum is another")
+    return about, arrays
+
+
+def _read(path: AnyPath) -> bytes | None:
+    """The whole file; None if there is none that can be read."""
+    try:
+        with storage.reading(path):  # a folder of a job need not be there yet
+            there = storage.retried(f"looking at {path}", path.exists)
+        return read_bytes(str(path)) if there else None
+    except (OSError, UsageError):
+        return None
+
+
+def _keep(content: bytes, places: Sequence[AnyPath]) -> AnyPath | None:
+    """Writes the file to the first of `places` that takes it."""
+    for path in places:
+        try:
+            with storage.writing(path), storage.write_beside(path) as draft:
+                draft.write_bytes(content)
+            return path
+        except UsageError as error:  # a folder that is read-only, a full disk
+            logging.info("%s", error)
+    return None

@@ -1,0 +1,47 @@
+"""Can files be written into the folder of a preparation? Drafts of a killed start go, and space is looked at."""
+
+import re
+import shutil
+
+from deco_jax import storage
+from deco_jax.errors import UsageError
+from deco_jax.jobs import Job
+from deco_jax.jobs.job import WHOLE
+
+
+def remove_drafts(job: Job, kind: str) -> None:
+    """Removes the drafts that a start which was killed has left, on a disk; those of other parts are in use.
+
+    Args:
+      job: in the folder of which they are.
+      kind: of the files, as their names begin: "features".
+
+    Raises:
+      UsageError: they cannot be removed.
+    """
+    if storage.is_remote(job.folder):
+        return
+    with storage.writing(job.folder):
+        for draft in job.folder.glob(f".{kind}*"):
+            file = re.match(rf"\.{kind}-(\d+)", draft.name)
+            if job.part == WHOLE or (file and job.is_mine(int(file[1]))):
+                shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+
+
+def check_space(job: Job, needed: float, what: str, remedy: str) -> None:
+    """Raises UsageError if the disk has less space than `needed` bytes.
+
+    Args:
+      job: in the folder of which they are to be written.
+      needed: bytes.
+      what: needs them: "the missing features take".
+      remedy: what to do, after "choose another disk".
+    """
+    if storage.is_remote(job.folder):
+        return
+    usage = shutil.disk_usage(job.folder)
+    if usage.total and needed > usage.free:  # some network folders say nothing
+        raise UsageError(
+            f"--out={job.folder} has {usage.free / 1e9:,.1f} GB free, and {what} {needed / 1e9:,.1f} GB; "
+            f"choose another disk{remedy}."
+        )
