@@ -30,6 +30,7 @@ from deco_jax.data.records import Source
 from deco_jax.errors import TransientError, UsageError
 
 Batch = dict[str, np.ndarray]
+USUAL_THREADS = 4  # with more, those of one process wait for each other
 
 
 class BadLimit(NamedTuple):
@@ -52,6 +53,12 @@ class Threads:
 
     def __init__(self, count: int):
         self.count, self._pool = count, concurrent.futures.ThreadPoolExecutor(count, "rows")
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> "Threads":
+        """As many as `config`, the `data` part of a configuration, says; by default no more than cores."""
+        cores = len(os.sched_getaffinity(0))
+        return cls(config.threads or min(USUAL_THREADS, max(cores // max(config.workers, 1), 1)))
 
     def __reduce__(self) -> tuple[type["Threads"], tuple[int]]:
         return Threads, (self.count,)
@@ -196,8 +203,8 @@ def batches(
       `BadRecords`; −1 = a good record), and of stored features those of the records: features (R, N, F) float16.
     """
     rows = np.arange(config.batch_size) if rows is None else rows
-    limit, threads = BadLimit.from_config(config, source), Threads(config.threads)
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    limit, threads = BadLimit.from_config(config, source), Threads.from_config(config)
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle()  # places beyond its end are of later epochs
     load = LoadShare(source, features, order, config.batch_size, rows, limit, threads)
     numbers = grain.MapDataset.range(start, sys.maxsize // config.batch_size)
     with contextlib.ExitStack() as closing:

@@ -15,6 +15,12 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width > height:  # Pillow resizes rows, then columns, of which the crop needs these alone
+        image = image.resize((width, image.height), Image.Resampling.BICUBIC)
+        left = (width - size) // 2
+        image = image.crop((left, 0, left + size, image.height))
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    top = (height - size) // 2
+    return np.asarray(image.crop((0, top, size, top + size)))

@@ -223,7 +223,7 @@ def _write_files(job: Job, config: ConfigDict, source: Source, contents: Content
         batches, groups = iter(()), _groups(mine, config.data.workers)
         if mine:
             parts = [part for group in groups for part in _in_turn(contents, group, batch_size)]
-            load = LoadRecords(source, contents.image_size, Threads(config.data.threads))
+            load = LoadRecords(source, contents.image_size, Threads.from_config(config.data))
             closing.callback(load.threads.close)
             dataset = grain.MapDataset.source(parts).map(load).map(_encoded)
             batches = read_ahead(dataset, min(config.data.workers, len(parts)))

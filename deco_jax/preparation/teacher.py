@@ -163,7 +163,7 @@ def _write_files(
         computed = iter(())
         if mine:
             records_MxB = np.concatenate([_in_batches(contents, file, batch_size) for file in mine])
-            load = LoadRecords(source, contents.image_size, Threads(config.data.threads))
+            load = LoadRecords(source, contents.image_size, Threads.from_config(config.data))
             closing.callback(load.threads.close)
             workers = min(config.data.workers, len(records_MxB))
             batches = read_ahead(grain.MapDataset.source(records_MxB).map(load), workers)
