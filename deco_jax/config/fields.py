@@ -83,8 +83,8 @@ FIELDS: dict[str, Field] = {
     "data.image_size": Field(256, "pixels along a side, after the crop", low=1),
     "data.batch_size": Field(256, "global: over all devices and accumulation steps", low=1),
     "data.workers": free(8, "processes that read and decode, per process of the run; 0 = in that process", low=0),
-    "data.threads": free(0, "images that each of these processes reads and decodes at a time; 0 = 4, or fewer where "
-                         "there are not so many cores", low=0),
+    "data.threads": free(0, "images that each of these processes reads and decodes at a time; 0 = 2 to 4, by "
+                         "the cores there are", low=0),
     "data.max_bad_records": free(100, "unreadable images that are skipped before the run stops", low=0),
     "data.max_bad_share": free(0.1, "the same as a share of all images; the lower limit holds", low=0, high=1),
     # A run keeps these two as it began with them (training/start.keep_decoding).

@@ -12,7 +12,7 @@ from deco_jax import storage
 from deco_jax.conditions import ClassLabels
 from deco_jax.data.decode import Decoder
 from deco_jax.data.index import FIRST_TIME, NAME, RECENT, Listing, Telling, open_index
-from deco_jax.data.reading import list_files, read_bytes
+from deco_jax.data.reading import list_files, read_bytes, times_of
 from deco_jax.data.records import SUFFIXES, Record
 from deco_jax.errors import UsageError
 from deco_jax.storage import AnyPath
@@ -33,7 +33,8 @@ class Folder:
         self.decoder = Decoder.from_config(config)
         with storage.reading(root):
             if not config.path or not storage.retried(f"looking at {root}", root.is_dir):
-                raise UsageError(f"{where} is no folder; it must hold one folder per class.")
+                tar = ' A tar is data.source="tars".' if config.path.endswith(".tar") else ""
+                raise UsageError(f"{where} is no folder; it must hold one folder per class.{tar}")
             self.index = open_index(
                 str(root),
                 root / NAME,
@@ -89,32 +90,31 @@ def _list(root: AnyPath, where: str) -> Listing:
     if empty := sorted(classes - {name.partition("/")[0] for name in names}):
         raise UsageError(f"{where} has the empty class folder {empty[0]!r}; fill or remove it.")
     if not names:
-        raise UsageError(f"{where} holds no images; expected <class>/<name> with one of {', '.join(SUFFIXES)}.")
+        tars = entries is not None and any(name.endswith(".tar") for name in entries)
+        hint = ' Tars are data.source="tars".' if tars else ""
+        raise UsageError(f"{where} holds no images; expected <class>/<name> with one of {', '.join(SUFFIXES)}.{hint}")
     state, why = None, "a bucket does not say whether it has changed"
     if entries is not None:
-        state, why = {"inode": os.stat(root).st_ino, "entries": entries, "folders": times}, ""
-        if max(times.values()) > (begun - RECENT) * 1e9:
+        state, why, changed = {"entries": entries, "folders": times}, "", [time for _, time in times.values()]
+        if max(changed) > (begun - RECENT) * 1e9:
             state, why = None, "its files have just changed"
-        elif min(times.values()) < FIRST_TIME * 1e9:
+        elif min(changed) < FIRST_TIME * 1e9:
             state, why = None, "it does not say when its folders have changed"
     return Listing(names, tuple(sorted(classes)), ignored, state, why)
 
 
-def _state(root: os.PathLike, folders: dict[str, int]) -> dict[str, Any] | None:
+def _state(root: os.PathLike, folders: dict[str, Any]) -> dict[str, Any] | None:
     """What changes when a file comes or goes; None if one of the folders is gone.
 
     Of the root it is the names in it: the index that is written there changes its time.
     """
 
-    def changed(folder: str) -> int:
-        return os.stat(os.path.join(root, folder)).st_mtime_ns
-
     try:
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            times = dict(zip(folders, pool.map(changed, folders), strict=True))
+            times = pool.map(lambda folder: times_of(os.path.join(root, folder)), folders)
+            return {"entries": _entries(root), "folders": dict(zip(folders, times, strict=True))}
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return {"inode": os.stat(root).st_ino, "entries": _entries(root), "folders": times}
 
 
 def _entries(root: os.PathLike) -> list[str]:

@@ -9,6 +9,7 @@ of them, with a checksum. Only the copy is mapped: a page of a network folder th
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -35,6 +36,7 @@ ENDING = ".safetensors"
 NAME = f".deco_jax_index{ENDING}"
 RECENT = 2.0  # seconds before a listing in which a change need not change the time of a folder again
 FIRST_TIME = 10 * 365 * 86400  # seconds since 1970: storage that keeps no times says less
+UNUSED = 30 * 86400  # seconds for which a copy is kept that no run begins with
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 60.0  # seconds between lines on a listing
 TYPES = {"I64": np.int64, "I32": np.int32, "U8": np.uint8}
 
@@ -83,6 +85,7 @@ class Index:
         self.contents: dict[str, Any] = about["contents"]  # see `Source`
         self.ignored = collections.Counter(about["ignored"])
         self.tars: list[str] = about["tars"]
+        self.hint: str = about["hint"]
         self.labels_K = arrays["labels"]
         self._names, self._starts, self._places_Kx3 = arrays["names"], arrays["starts"], arrays.get("places")
 
@@ -108,7 +111,7 @@ class Index:
         if self.ignored:
             kinds = [f"{count:,} {kind}" for kind, count in self.ignored.most_common()]
             lines.append(f"Ignored: {self.ignored.total():,} files ({first_of(kinds)}).")
-        return [*lines, *([self.line] if self.line else [])]
+        return [*lines, *(line for line in (self.hint, self.line) if line)]
 
 
 class Telling:
@@ -173,8 +176,10 @@ def open_index(
             kept = None if listing.state is None else _keep(content, places) or copy
             line = _line(listing, time.monotonic() - clock, kept, "; ".join(reasons[:1]))
         if _read(copy) != content:
+            _remove_old(copy.parent)
             with storage.writing(copy), storage.write_beside(copy) as draft:
                 draft.write_bytes(content)
+        os.utime(copy)
     return Index(copy, about["identity"], line)
 
 
@@ -186,6 +191,14 @@ def _machine_folder() -> pathlib.Path:
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise UsageError(f"{folder} belongs to another user; set TMPDIR to a folder of your own.")
     return folder
+
+
+def _remove_old(folder: pathlib.Path) -> None:
+    """Removes copies that no run has begun with for long."""
+    for copy in folder.glob(f"*{ENDING}"):
+        with contextlib.suppress(OSError):
+            if copy.stat().st_mtime < time.time() - UNUSED:
+                copy.unlink()
 
 
 def _line(listing: Listing, seconds: float, kept: AnyPath | None, reason: str) -> str:
@@ -216,11 +229,11 @@ def _content(root: str, listing: Listing) -> tuple[bytes, dict[str, Any]]:
     names = list(listing.names) if len(encoded) <= FEW else []
     about = {
         "version": VERSION,
-        "root": root,
         "identity": f"folder {hashlib.sha256(joined).hexdigest()}",
         "class_names": listing.class_names,
         "contents": {"source": "folder", "records": len(encoded), "classes": classes, "names": names},
         "ignored": dict(listing.ignored),
+        "hint": _hint(listing),
         "tars": listing.tars,
     }
     arrays = {
@@ -235,10 +248,22 @@ def _content(root: str, listing: Listing) -> tuple[bytes, dict[str, Any]]:
     return save(arrays, {"deco_jax_index": f"{_checksum(text, arrays)} {text}"}), about
 
 
+def _hint(listing: Listing) -> str:
+    """What is suspicious about the classes, "" if nothing."""
+    below = {name.split("/")[1] for name in listing.names if name.count("/") > 1}
+    if len(below) < 2 or any(name.count("/") == 1 for name in listing.names):
+        return ""
+    return (
+        f"Attention: all images lie deeper, in {first_of(sorted(below), 3)}. If these are the classes, data.path "
+        "begins one level too high."
+    )
+
+
 def _checksum(text: str, arrays: dict[str, np.ndarray]) -> str:
     value = zlib.crc32(text.encode())
-    for name in sorted(arrays):
-        value = zlib.crc32(np.ascontiguousarray(arrays[name]).view(np.uint8), value)
+    for name, array in sorted(arrays.items()):
+        value = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), value)
+        value = zlib.crc32(np.ascontiguousarray(array).view(np.uint8), value)
     return f"{value:08x}"
 
 
@@ -285,6 +310,6 @@ def _keep(content: bytes, places: Sequence[AnyPath]) -> AnyPath | None:
             with storage.writing(path), storage.write_beside(path) as draft:
                 draft.write_bytes(content)
             return path
-        except UsageError as error:  # a folder that is read-only, a full disk
+        except (UsageError, TransientError, OSError) as error:  # a folder that is read-only, a full disk
             logging.info("%s", error)
     return None

@@ -56,9 +56,9 @@ class Threads:
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "Threads":
-        """As many as `config`, the `data` part of a configuration, says; by default no more than cores."""
+        """As many as `config`, the `data` part of a configuration, says; by default by the cores of the machine."""
         cores = len(os.sched_getaffinity(0))
-        return cls(config.threads or min(USUAL_THREADS, max(cores // max(config.workers, 1), 1)))
+        return cls(config.threads or min(max(cores // max(config.workers, 1), 2), USUAL_THREADS))
 
     def __reduce__(self) -> tuple[type["Threads"], tuple[int]]:
         return Threads, (self.count,)
@@ -209,7 +209,7 @@ def batches(
     numbers = grain.MapDataset.range(start, sys.maxsize // config.batch_size)
     with contextlib.ExitStack() as closing:
         closing.callback(threads.close)
-        closing.callback(load.ended.append, TransientError("reading has ended"))
+        closing.callback(load.ended.append, TransientError("reading has ended"))  # for threads; workers are ended
         yield from read_ahead(numbers.map(load), config.workers)
 
 
@@ -227,9 +227,23 @@ def read_ahead(dataset: grain.MapDataset, workers: int) -> Iterator[Batch]:
         with _stop_signals_blocked():
             iterator = iter(dataset)
             closing.callback(iterator.close)  # also if the first batch fails: threads would go on trying
+            closing.enter_context(_killed_worker_said())
             first = [next(iterator)]
         yield _without_name(first.pop())  # and keeps no batch
         yield from map(_without_name, iterator)
+
+
+@contextlib.contextmanager
+def _killed_worker_said() -> Iterator[None]:
+    """grain's errors have no class of their own."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        raise TransientError(
+            "a process that reads the data was killed, perhaps as memory ran out; fewer data.workers need less"
+        ) from error
 
 
 def _without_name(batch: Batch) -> Batch:

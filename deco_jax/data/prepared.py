@@ -139,7 +139,7 @@ def read_manifest(folder: AnyPath) -> Manifest | None:
     Raises:
       UsageError: the file that says so is damaged, or of another version of the format.
     """
-    paths = (folder / MANIFEST, folder / PARTIAL)
+    paths = (folder / MANIFEST, folder / PARTIAL, folder / MANIFEST)  # once more: another one may just have completed
     path = storage.retried(f"looking at {folder}", lambda: next((path for path in paths if path.is_file()), None))
     if path is None:
         return None
@@ -155,8 +155,13 @@ def read_manifest(folder: AnyPath) -> Manifest | None:
         files = [checked(FileInfo, one) for one in values.get("files", [])]
     except (ValueError, TypeError) as error:
         raise UsageError(f"{path} is damaged ({error}); prepare into another folder.") from error
-    if len(files) not in (0, contents.files):
-        raise UsageError(f"{path} is damaged (it names {len(files)} files of {contents.files}).")
+    for what, there, expected in (
+        ("files", len(files) or contents.files, contents.files),
+        ("class names", len(contents.class_names), contents.classes),
+        ("records of the source", contents.contents.get("records"), contents.records),
+    ):
+        if there != expected:
+            raise UsageError(f"{path} is damaged ({there} {what}, not {expected}); prepare into another folder.")
     return Manifest(contents, files)
 
 
@@ -203,7 +208,7 @@ class Prepared:
             _check_fits(where, contents, config)
             missing = missing_files(self.folder, contents)
             if missing or not manifest.complete:
-                left = f"{len(missing)} of {contents.files} files are missing"
+                left = f"{len(missing) or contents.files} of {contents.files} files are missing"
                 raise UsageError(f"{where} is incomplete: {left}. {_makes(config.path, 'them')}")
             _check_sizes(where, self.folder, manifest, config.path)
         self.manifest, self.size = manifest, contents.image_size
@@ -230,20 +235,25 @@ class Prepared:
         """See `Source`."""
         file, row = divmod(index, self.manifest.contents.records_a_file)
         record = storage.retried(f"reading {self.describe(index)}", lambda: self._read(file, row))
-        return decode(record, self.size)
+        found, classes = decode(record, self.size), self.condition.num_classes
+        if not 0 <= found["label"] < classes:
+            raise ValueError(f"its label is {found['label']}, and there are {classes} classes")
+        return found
 
     def _read(self, file: int, row: int) -> bytes:
         try:
             reader = self._readers.get(file) or self._open_reader(file)
             return reader.read([row])[0]
         except Exception as error:
-            gone = not storage.is_remote(self.folder) and not os.path.isdir(self.folder)
-            if gone or storage.is_transient(error):  # a file that was open may fail for good
-                self._readers.pop(file, None)
-            if gone:  # as one that is mounted may be for a while
-                raise OSError(errno.ESTALE, "its folder is gone", str(self.folder)) from error
             if "hash mismatch" in str(error):
-                raise ValueError(f"its bytes were altered. {_makes(str(self.folder), 'it anew')} --verify") from error
+                makes = _makes(str(self.folder), "it anew", " --verify")
+                raise ValueError(f"its bytes were altered. {makes}") from error
+            self._readers.pop(file, None)  # a reader that failed once may fail for good
+            path = images_file(self.folder, file)
+            if not storage.is_remote(path) and not os.path.exists(path):
+                if not os.path.isdir(self.folder):  # as one that is mounted may be for a while
+                    raise OSError(errno.ESTALE, "its folder is gone", str(self.folder)) from error
+                raise UsageError(f"{path} is not there any more. {_makes(str(self.folder), 'it anew')}") from error
             raise
 
     def _open_reader(self, file: int) -> ArrayRecordReader:
@@ -300,8 +310,10 @@ def _check_sizes(where: str, folder: AnyPath, manifest: Manifest, path: str) -> 
         raise UsageError(f"{where} has damaged files: {first_of(wrong)}. {_makes(path, 'them anew')}")
 
 
-def _makes(path: str, what: str) -> str:
-    return f"This makes {what}: deco prepare --images --config FILE --out {path}"
+def _makes(path: str, what: str, flag: str = "") -> str:
+    """The command, to which the data must be added, which a manifest does not name."""
+    data = "--config.data.source=… --config.data.path=…"
+    return f"This makes {what}: deco prepare --images --config FILE --out {path}{flag} {data}"
 
 
 def _allow_open_files(wanted: int) -> None:

@@ -52,13 +52,22 @@ def _read_remote(path: str, start: int, count: int | None) -> bytes:
 
 
 def file_version(path: str) -> list[Any]:
-    """What changes when a file does: size and time on a disk, size and what else a bucket says."""
+    """What changes when a file does: size and times (see `times_of`) on a disk, size and what else a bucket says."""
     if storage.is_remote(path):
         system, name = fsspec.core.url_to_fs(path)
         info = storage.retried(f"looking at {path}", lambda: system.info(name))
         return [info["size"], *(str(info.get(key)) for key in VERSION)]
     found = storage.retried(f"looking at {path}", lambda: os.stat(path))
-    return [found.st_size, found.st_mtime_ns]
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def times_of(folder: str | os.PathLike) -> list[int]:
+    """When a folder's entries last changed, and when anything of it did, in ns since 1970.
+
+    Programs that unpack or copy set the first one back to what it was elsewhere. The second one nobody can set.
+    """
+    found = os.stat(folder)
+    return [found.st_mtime_ns, found.st_ctime_ns]
 
 
 def file_size(path: str) -> int:
@@ -70,7 +79,7 @@ def file_size(path: str) -> int:
 
 
 def list_files(
-    root: AnyPath, times: dict[str, int] | None = None, tell: Callable[[int], None] = lambda files: None
+    root: AnyPath, times: dict[str, list[int]] | None = None, tell: Callable[[int], None] = lambda files: None
 ) -> list[str]:
     """All files below a folder by their names from there on, "cat/1.png", in the order of their parts.
 
@@ -79,8 +88,7 @@ def list_files(
 
     Args:
       root: the folder.
-      times: gets of each folder below it that was looked into, "cat", when its entries last changed, in ns since 1970;
-        of one in a bucket nothing.
+      times: gets of each folder below it that was looked into, "cat", its `times_of`; of one in a bucket nothing.
       tell: is called now and then with the number of files so far.
     """
     if storage.is_remote(root):
@@ -94,7 +102,7 @@ def list_files(
     return sorted(names, key=lambda name: name.replace("/", "\0"))
 
 
-def _walk_all(root: pathlib.Path, times: dict[str, int], tell: Callable[[int], None]) -> list[str]:
+def _walk_all(root: pathlib.Path, times: dict[str, list[int]], tell: Callable[[int], None]) -> list[str]:
     names = []
     times.clear()  # of a try that failed
     for name in _walk(root, "", times):
@@ -104,9 +112,9 @@ def _walk_all(root: pathlib.Path, times: dict[str, int], tell: Callable[[int], N
     return names
 
 
-def _walk(root: pathlib.Path, below: str, times: dict[str, int]) -> Iterator[str]:
+def _walk(root: pathlib.Path, below: str, times: dict[str, list[int]]) -> Iterator[str]:
     if below:
-        times[below[:-1]] = os.stat(root / below).st_mtime_ns  # before listing: what comes later is seen later
+        times[below[:-1]] = times_of(root / below)  # before listing: what comes later is seen later
     with os.scandir(root / below) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=not below):

@@ -179,7 +179,7 @@ def _list(root: str, tars: list[str], whole: bool, where: str) -> Listing:
         raise UsageError(f"{where} has no images of the class {empty[0]!r}; {EXPECTED}.")
     if state != _state(root, tars):
         raise UsageError(f"{where} changed while it was listed; start again when it is complete.")
-    recent = not storage.is_remote(root) and max(time_ns for _, (_, time_ns) in state) > (begun - RECENT) * 1e9
+    recent = not storage.is_remote(root) and max(version[-1] for _, version in state) > (begun - RECENT) * 1e9
     return Listing(
         names,
         tuple(sorted(found.classes)),

@@ -177,7 +177,10 @@ def find_part(given: str | None, environment: Mapping[str, str]) -> tuple[int, i
         return int(match[1]), int(match[2])
     if "SLURM_ARRAY_TASK_ID" not in environment:
         return WHOLE
-    task, first, step, count = (int(environment[f"SLURM_ARRAY_TASK_{x}"]) for x in ("ID", "MIN", "STEP", "COUNT"))
+    names = [f"SLURM_ARRAY_TASK_{x}" for x in ("ID", "MIN", "STEP", "COUNT")]
+    if missing := [name for name in names if not environment.get(name, "").isdecimal()]:
+        raise UsageError(f"{names[0]} is set, and {missing[0]} is not; SLURM sets both. Or pass the part: --part=I/N.")
+    task, first, step, count = (int(environment[name]) for name in names)
     index, rest = divmod(task - first, step)
     if rest or index >= count:
         raise UsageError(

@@ -1,5 +1,6 @@
 """Can files be written into the folder of a preparation? Drafts of a killed start go, and space is looked at."""
 
+import math
 import re
 import shutil
 
@@ -7,6 +8,7 @@ from deco_jax import storage
 from deco_jax.errors import UsageError
 from deco_jax.jobs import Job
 from deco_jax.jobs.job import WHOLE
+from deco_jax.storage import AnyPath
 
 
 def remove_drafts(job: Job, kind: str) -> None:
@@ -28,6 +30,12 @@ def remove_drafts(job: Job, kind: str) -> None:
                 shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
 
 
+def free_space(folder: AnyPath) -> float:
+    """Bytes that are free on a folder's disk; infinite where nobody says."""
+    usage = None if storage.is_remote(folder) else shutil.disk_usage(folder)
+    return usage.free if usage and usage.total else math.inf  # some network folders say nothing
+
+
 def check_space(job: Job, needed: float, what: str, remedy: str) -> None:
     """Raises UsageError if the disk has less space than `needed` bytes.
 
@@ -37,11 +45,9 @@ def check_space(job: Job, needed: float, what: str, remedy: str) -> None:
       what: needs them: "the missing features take".
       remedy: what to do, after "choose another disk".
     """
-    if storage.is_remote(job.folder):
-        return
-    usage = shutil.disk_usage(job.folder)
-    if usage.total and needed > usage.free:  # some network folders say nothing
+    free = free_space(job.folder)
+    if needed > free:
         raise UsageError(
-            f"--out={job.folder} has {usage.free / 1e9:,.1f} GB free, and {what} {needed / 1e9:,.1f} GB; "
+            f"--out={job.folder} has {free / 1e9:,.1f} GB free, and {what} {needed / 1e9:,.1f} GB; "
             f"choose another disk{remedy}."
         )

@@ -7,7 +7,7 @@ import datetime
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import grain
@@ -40,7 +40,7 @@ from deco_jax.errors import Stopped, UsageError
 from deco_jax.jobs import Job, Progress, find_part, open_job
 from deco_jax.jobs.progress import say
 from deco_jax.parallel import processes
-from deco_jax.preparation.folder import check_space, remove_drafts
+from deco_jax.preparation.folder import free_space, remove_drafts
 from deco_jax.preparation.reading import LoadRecords
 from deco_jax.storage import AnyPath
 from deco_jax.version import __version__
@@ -49,7 +49,7 @@ T = TypeVar("T")
 FILE_BYTES = 2**30  # of the pixels in a file, at most; on a disk it has about two thirds of that
 WORKERS_A_FILE = 4  # that fill one file; they crop 1,400 photos/s to 256², and 1,700/s can be compressed
 SMALLER = 0.65  # of the pixels' bytes, what photos take
-SHOWN = ("records", "records_a_file", "image_size", "crop", "codec", "orient", "background", "decoding", "classes")
+SHOWN = ("image_size", "records", "records_a_file", "crop", "codec", "orient", "background", "decoding", "classes")
 
 
 def prepare_images(
@@ -75,7 +75,7 @@ def prepare_images(
     with open_job("--out", out, find_part(part, os.environ)) as job:
         source, contents = processes.agree(lambda: _open(config, batch_size, job.folder))
         processes.assert_equal("what is to be prepared", repr(dataclasses.astuple(contents)))
-        processes.agree(lambda: _is_of(job.folder, contents))  # before anything is written there
+        processes.agree(lambda: _is_of(job.folder, contents))  # before anything but an index is written there
         job.claim(lambda: _begin(job, contents))
         _set_aside_damaged(job, contents, verify)
         if job.stopped:
@@ -89,11 +89,7 @@ def prepare_images(
         if set(processes.allgather(str(done))) == {"True"}:  # another one may just have set a file aside
             job.say(_done(job.folder, out, contents))
             return
-        job.say(
-            f"{contents.records:,} images of {contents.image_size}×{contents.image_size} in {contents.files:,} files, "
-            f"of photos about {SMALLER * _bytes(range(contents.records), contents) / 1e9:,.3g} GB; "
-            f"{len(missing()):,} files are to be made."
-        )
+        job.say("\n".join([*source.summary(), _plan(job, contents, missing())]))
         _write_files(job, config, source, contents, batch_size)
         if job.finish(missing, lambda: _complete(config, source, contents, job.folder)):
             job.say(_done(job.folder, out, contents))
@@ -104,6 +100,8 @@ def _open(config: ConfigDict, batch_size: int, folder: AnyPath) -> tuple[Source,
         raise UsageError(f"--batch-size={batch_size} must be at least 1.")
     if config.data.source == "prepared":
         raise UsageError("data.source='prepared' are prepared images already; name the source that they were made of.")
+    if config.data.path and storage.resolved(config.data.path) == storage.resolved(folder):
+        raise UsageError(f"--out={folder} is data.path itself; choose another folder.")
     source, size = open_source(config.data, folder), config.data.image_size
     return source, Contents(
         identity=source.identity,
@@ -117,6 +115,24 @@ def _open(config: ConfigDict, batch_size: int, folder: AnyPath) -> tuple[Source,
         class_names=list(source.class_names),
         contents=source.contents(),
     )
+
+
+def _plan(job: Job, contents: Contents, missing: list[int]) -> str:
+    """What is to be made, and whether it may not fit."""
+
+    def photos(files: Iterable[int]) -> float:
+        return SMALLER * sum(_bytes(contents.records_of(file), contents) for file in files)
+
+    text = (
+        f"{contents.records:,} images of {contents.image_size}×{contents.image_size} in {contents.files:,} file(s), "
+        f"of photos about {photos(range(contents.files)) / 1e9:,.2f} GB; {len(missing):,} file(s) are to be made."
+    )
+    needed, free = photos(filter(job.is_mine, missing)), free_space(job.folder)
+    if needed > free:
+        text += (
+            f"\nAttention: {job.folder} has {free / 1e9:,.2f} GB free, and photos would take {needed / 1e9:,.2f} GB."
+        )
+    return text
 
 
 def _bytes(records: range, contents: Contents) -> int:
@@ -144,6 +160,7 @@ def _is_of(folder: AnyPath, contents: Contents) -> bool:
         return False
     there, ours = dataclasses.asdict(said.contents), dataclasses.asdict(contents)
     different = [f"{k}: {there[k]!r} there, {ours[k]!r} here" for k in SHOWN if there[k] != ours[k]]
+    different = different[:1] if there["image_size"] != ours["image_size"] else different  # what follows from it
     if there["identity"] != ours["identity"]:
         different.append(compare(there["contents"], ours["contents"]) or "other names, labels or another order")
     if different:
@@ -156,9 +173,6 @@ def _is_of(folder: AnyPath, contents: Contents) -> bool:
 def _begin(job: Job, contents: Contents) -> None:
     """Removes what a start that was killed has left, and writes into the folder what its images are of."""
     remove_drafts(job, "images")
-    missing = missing_files(job.folder, contents)
-    needed = SMALLER * sum(_bytes(contents.records_of(file), contents) for file in missing)
-    check_space(job, needed, "the missing images take about", "")
     if not _is_of(job.folder, contents):
         storage.write_json(job.folder / PARTIAL, dataclasses.asdict(contents))
 
@@ -167,24 +181,29 @@ def _set_aside_damaged(job: Job, contents: Contents, verify: bool) -> None:
     """Renames this worker's damaged files, so that they are missing."""
     there = _there(job.folder, contents)
     mine = job.share(there)
-    known = dict(zip(mine, _together(lambda file: _known(job.folder, file), mine), strict=True))
+    known = dict(zip(mine, _of_each(lambda file: _known(job.folder, file), mine), strict=True))
     with contextlib.closing(Progress(len(mine), "file", active=job.first and verify)) as progress:
         for done, file in enumerate(job.shards(there) if verify else mine, 1):
             path = images_file(job.folder, file)
             if known[file] is None or (verify and _sha256(path) != known[file].sha256):
                 with storage.writing(path):
                     path.rename(path.with_name(f"{path.name}.damaged"))
-                say(f"{path.name} is damaged: it is kept as {path.name}.damaged, and made anew.")
+                say(f"{path.name} is damaged: it is kept as {path.name}.damaged, for you to remove, and made anew.")
             if verify:
                 progress.update(done)
 
 
 def _known(folder: AnyPath, file: int) -> FileInfo | None:
-    """What is known of a file; None if nothing is, or another size."""
+    """What is known of a file; None if it has another size, or nothing is known."""
     try:
         known = read_info(folder, file)
-    except UsageError:
-        return None
+    except UsageError as error:  # which the manifest may make good
+        manifest = read_manifest(folder)
+        if manifest is None or not manifest.complete:
+            say(f"{error}")
+            return None
+        known = manifest.files[file]
+        storage.write_json(info_file(folder, file), dataclasses.asdict(known))
     return known if file_size(str(images_file(folder, file))) == known.bytes else None
 
 
@@ -192,7 +211,7 @@ def _there(folder: AnyPath, contents: Contents) -> list[int]:
     return sorted(set(range(contents.files)) - set(missing_files(folder, contents)))
 
 
-def _together(look: Callable[[int], T], files: list[int]) -> list[T]:
+def _of_each(look: Callable[[int], T], files: list[int]) -> list[T]:
     """What `look` finds of each file; buckets and network folders answer late."""
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(look, files))
@@ -233,7 +252,7 @@ def _write_files(job: Job, config: ConfigDict, source: Source, contents: Content
             with contextlib.suppress(Stopped):
                 if file in begins:
                     parts = _in_turn(contents, begins[file], batch_size)
-                    _write_together(job, contents, parts, batches, bad, progress)
+                    _write_of_each(job, contents, parts, batches, bad, progress)
 
 
 def _groups(files: list[int], workers: int) -> list[list[int]]:
@@ -257,7 +276,7 @@ def _encoded(batch: Batch) -> Batch:
     return batch | {"image": encode(batch["image"])}
 
 
-def _write_together(
+def _write_of_each(
     job: Job,
     contents: Contents,
     parts: list[range],
@@ -324,7 +343,7 @@ def _bad_so_far(folder: AnyPath, contents: Contents) -> list[int]:
 
 
 def _infos(folder: AnyPath, files: list[int]) -> list[FileInfo]:
-    return _together(lambda file: read_info(folder, file), files)
+    return _of_each(lambda file: read_info(folder, file), files)
 
 
 def _complete(config: ConfigDict, source: Source, contents: Contents, folder: AnyPath) -> None:

@@ -18,6 +18,7 @@ class LoadRecords(grain.transforms.Map):
     source: Source
     size: int  # pixels along a side
     threads: Threads
+    ended: list[Exception] = dataclasses.field(default_factory=list)  # not empty: why no batch is waited for
 
     def map(self, records: Sequence[int]) -> Batch:
         """B numbers, −1 for none → image (B, H, W, 3) uint8, label, record and bad, each (B,).
@@ -38,10 +39,13 @@ class LoadRecords(grain.transforms.Map):
         def load(row: int) -> None:
             if (number := int(records[row])) < 0:
                 return
+            if self.ended:
+                raise self.ended[0]
             try:
                 record = self.source.load(number)
                 batch["image"][row], batch["label"][row] = record["image"], record["label"]
-            except (TransientError, UsageError, MemoryError):  # say nothing about the record
+            except (TransientError, UsageError, MemoryError) as error:  # say nothing about the record
+                self.ended.append(error)  # other threads, which are joined, would try for minutes as well
                 raise
             except Exception:  # whatever a decoder throws at a broken file
                 batch["bad"][row] = number

@@ -76,7 +76,7 @@ def prepare_teacher(config: ConfigDict, out: str, batch_size: int, part: str | N
         if processes.broadcast(str(done)) == "True":
             job.say(f"{job.folder} is done: it holds the features of all {contents.records:,} records.")
             return
-        job.say(_summary(contents, len(missing())))
+        job.say("\n".join([*source.summary(), _summary(contents, len(missing()))]))
         _write_files(job, config, source, teacher, contents, batch_size)
         if job.finish(missing, lambda: _complete(config, source, contents, job.folder)):
             job.say(f"{job.folder} is done. To train with it: --config.teacher.stored={job.folder}")

@@ -18,13 +18,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from deco_jax import storage
-from deco_jax.data import folder, index
+from deco_jax.data import folder as folder_source
+from deco_jax.data import index, reading
 from deco_jax.data.index import NAME, Index, Listing, open_index
 from deco_jax.data.sources import open_source
 from deco_jax.errors import TransientError, UsageError
 from tests.data.test_reading import data_config
 
-LONG_AGO = 1_600_000_000
 FILES = ("cat/1.png", "cat/2.png", "cat/deep/er/3.JPEG", "dog/4.webp", "dog/notes.txt", "eel/5.bmp", "README")
 
 
@@ -34,13 +34,8 @@ def machine(tmp_path, monkeypatch):
     folder = tmp_path / "machine"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(folder_source, "RECENT", -1.0)  # of files that the tests made just now an index is kept
     return folder
-
-
-def age(root, when=LONG_AGO):
-    """Makes all of a folder old: an index of what changed just now is not kept."""
-    for path in [root, *root.rglob("*")]:
-        os.utime(path, (when, when))
 
 
 def make(root, names=FILES):
@@ -48,7 +43,6 @@ def make(root, names=FILES):
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
-    age(root)
     return root
 
 
@@ -60,13 +54,13 @@ def data(tmp_path):
 @pytest.fixture
 def listings(monkeypatch):
     """Grows at every listing."""
-    found, real = [], folder.list_files
+    found, real = [], folder_source.list_files
 
     def listed(*arguments):
         found.append(arguments[0])
         return real(*arguments)
 
-    monkeypatch.setattr(folder, "list_files", listed)
+    monkeypatch.setattr(folder_source, "list_files", listed)
     return found
 
 
@@ -129,7 +123,23 @@ CHANGES = {
         (root.parent / "eel/6.png").touch(),
         (root / "eel").symlink_to(root.parent / "eel"),
     ),
+    "a new image, and the folder's time set back, as tar does": lambda root: times_kept(
+        root / "cat", lambda: (root / "cat/9.png").touch()
+    ),
+    "another folder with the same time, as cp -a makes it": lambda root: (
+        shutil.copytree(root / "cat", root.parent / "cat"),
+        (root.parent / "cat/9.png").touch(),
+        shutil.copystat(root / "cat", root.parent / "cat"),
+        remove(root / "cat"),
+        (root.parent / "cat").rename(root / "cat"),
+    ),
 }
+
+
+def times_kept(path, change):
+    before = path.stat()
+    change()
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -142,19 +152,19 @@ def test_every_change_is_seen(data, listings, change):
     assert walked == [(p, n) for p, n in on_disk(data) if "/eel/" not in p]
     assert (after.identity != before) == ("beside" not in change) and len(listings) == 2
     assert "(the data have changed)" in after.summary()[-1]
-    age(data, LONG_AGO + 1)
-    opened(data)
-    assert told(opened(data)) == told(after) and len(listings) == 3
+    assert told(opened(data)) == told(after) and len(listings) == 2
 
 
-def test_what_changed_just_now_is_listed_again(data, listings):
+def test_what_changed_just_now_is_listed_again(data, listings, monkeypatch):
     """A further change within the same tick of the clock would not show in the folder's time."""
-    os.utime(data / "cat", (time.time(), time.time()))
+    monkeypatch.setattr(folder_source, "RECENT", 2.0)
+    os.utime(data / "cat", (0, 0))  # which anybody may set
     assert opened(data).summary()[-1].endswith("and again at the next start, as its files have just changed.")
     assert not (data / NAME).exists()
     opened(data)
     assert len(listings) == 2
-    os.utime(data / "cat", (0, 0))
+    for module in (folder_source, reading):
+        monkeypatch.setattr(module, "times_of", lambda path: [0, 0])
     assert "does not say when its folders have changed" in opened(data).summary()[-1]
     assert "does not say when" in opened(data).summary()[-1] and len(listings) == 4
 
@@ -278,15 +288,15 @@ def test_workers_get_a_path(data, tmp_path):
 def test_processes_of_a_machine_list_once(data, monkeypatch, recent):
     """Eight that start together on a network folder would ask it for everything eight times."""
     if recent:
-        os.utime(data / "cat")
-    listings, real, sources = [], folder.list_files, []
+        monkeypatch.setattr(folder_source, "RECENT", 2.0)
+    listings, real, sources = [], folder_source.list_files, []
 
     def slowly(*arguments):
         listings.append(1)
         time.sleep(0.5)
         return real(*arguments)
 
-    monkeypatch.setattr(folder, "list_files", slowly)
+    monkeypatch.setattr(folder_source, "list_files", slowly)
     threads = [threading.Thread(target=lambda: sources.append(opened(data))) for _ in range(6)]
     for thread in threads:
         thread.start()
@@ -389,3 +399,29 @@ def test_a_worker_whose_index_was_cleaned_away(tmp_path):
     """Somebody empties the temporary folder in just that second; the same command makes it anew."""
     with pytest.raises(TransientError, match="nowhere went away while this run started"):
         Index(tmp_path / "nowhere", "")
+
+
+def test_copies_that_no_run_begins_with_go(data, machine):
+    """They have 54 MB each for ImageNet, in memory where /tmp is."""
+    opened(data)
+    (copy,) = machine.rglob("*.safetensors")
+    other = copy.with_name("other.safetensors")
+    other.write_bytes(copy.read_bytes())
+    for file in (copy, other):
+        os.utime(file, (0, 0))
+    opened(data)
+    assert copy.stat().st_mtime > time.time() - 60, "it is in use"
+    assert other.exists()
+    (data / "cat/77.png").touch()
+    opened(data)
+    assert copy.exists() and not other.exists()
+
+
+def test_a_level_too_high_is_said(tmp_path):
+    """train/n01440764/1.JPEG: the one class "train" is not what anybody wants."""
+    for name in ("train/n01/1.png", "train/n02/2.png", "val/n01/3.png"):
+        (tmp_path / "up" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "up" / name).touch()
+    hint = opened(tmp_path / "up").summary()[-2]
+    assert hint.startswith("Attention: all images lie deeper, in n01, n02. ") and "one level too high" in hint
+    assert not any("Attention" in line for line in opened(tmp_path / "up/train").summary())

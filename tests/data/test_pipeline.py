@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import multiprocessing
+import os
 import pathlib
 import pickle
 import re
@@ -225,6 +226,19 @@ def test_workers_end_with_their_threads(tmp_path):
         wait_until(lambda tasks=pathlib.Path(f"/proc/{worker.pid}/task"): len(list(tasks.iterdir())) > 3)  # are at work
     iterator.close()
     wait_until(lambda: not workers & set(multiprocessing.active_children()))
+
+
+def test_a_worker_that_is_killed_is_no_crash(tmp_path):
+    """As the system does when memory runs out: the same command goes on, perhaps with fewer of them."""
+    write_images(tmp_path)
+    config, source = open_folder(tmp_path, workers=1)
+    others, iterator = set(multiprocessing.active_children()), batches(config, 0, source, 0)
+    next(iterator)
+    (worker,) = set(multiprocessing.active_children()) - others
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(TransientError, match="that reads the data was killed, perhaps as memory ran out; fewer data.w"):
+        for _ in iterator:
+            pass
 
 
 def test_a_program_that_just_ends_says_nothing():

@@ -229,6 +229,28 @@ def test_a_folder_that_goes_away_is_no_bad_record(folder):
     np.testing.assert_array_equal(source.load(12)["image"], image_of(12))
 
 
+def test_a_file_that_goes_away_ends_the_run_and_counts_nothing(folder):
+    """A hundred records of one file would be unreadable for good; and once it is back, all is read."""
+    source, file = open_source(config_of(folder)), folder / "images-00001.array_record"
+    file.rename(folder / "aside")
+    with pytest.raises(UsageError, match=f"{file} is not there any more. This makes it anew: deco prepare --images"):
+        source.load(5)
+    (folder / "aside").rename(file)
+    np.testing.assert_array_equal(source.load(5)["image"], image_of(5))
+
+
+def test_a_label_that_is_no_class_is_an_unreadable_record(folder):
+    """It would be a NaN in the loss, as a table's row that is not there."""
+    change_manifest(folder, classes=1, class_names=["cat"])
+    source, found = open_source(config_of(folder)), []
+    for number in range(len(source)):
+        try:
+            found.append(int(source.load(number)["label"]))
+        except ValueError as error:
+            assert "label is" in str(error) or "unreadable" in str(error)
+    assert set(found) == {0} and len(found) < len(source)
+
+
 def test_a_reader_that_failed_for_a_while_is_opened_again(folder, monkeypatch):
     """What is tried again opens the file anew: a handle of a network folder may be stale for good."""
     monkeypatch.setenv("DECO_RETRY_SECONDS", "30")
@@ -282,11 +304,13 @@ def test_a_run_that_needs_other_images(folder, change, message):
         ({"records": "13"}, r"images.json is damaged \(records is '13'\)"),
         ({"records": True}, r"images.json is damaged \(records is 'True'\)"),
         ({"records_a_file": 0}, r"images.json is damaged \(records_a_file is '0'\)"),
-        ({"records": 17}, r"images.json is damaged \(it names 4 files of 5\)"),
+        ({"records": 17}, r"images.json is damaged \(4 files, not 5\)"),
         ({"files": [{"bytes": 5}] * 4}, r"images.json is damaged \(sha256 is 'None'\)"),
         ({"files": "none"}, r"images.json is damaged \('n' has no fields\)"),
         ({"files": [{"bytes": 5, "sha256": "0", "bad": {"one": "cat/1.png"}}] * 4}, r"damaged \(bad is "),
-        ({"files": None}, r"is incomplete: 0 of 4 files are missing. This makes them: deco prepare --images"),
+        ({"classes": 2}, r"images.json is damaged \(3 class names, not 2\)"),
+        ({"contents": {}}, r"images.json is damaged \(None records of the source, not 13\)"),
+        ({"files": None}, r"is incomplete: 4 of 4 files are missing. This makes them: deco prepare --images"),
     ],
 )
 def test_a_manifest_of_something_else_or_damaged(folder, fields, message):

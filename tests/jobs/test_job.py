@@ -170,3 +170,11 @@ def test_parts(given, array, part):
     with pytest.raises(UsageError) as error:
         find_part(given, environment)
     assert part in str(error.value)
+
+
+def test_an_array_of_which_not_all_is_known():
+    """Containers may pass on only some of SLURM's variables."""
+    environment = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_COUNT": "2"}
+    with pytest.raises(UsageError, match="SLURM_ARRAY_TASK_ID is set, and SLURM_ARRAY_TASK_STEP is not; .*--part=I/N"):
+        find_part(None, environment)
+    assert find_part("1/2", environment) == (1, 2)
