@@ -118,7 +118,7 @@ def test_sigterm_saves_and_says_how_to_go_on(interrupted):
     assert "Network: " in output and "transformer/layers/block/attention/qkv/kernel" in output, "no parameter table"
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_exactly(interrupted, tmp_path, workers):
     """SIGKILL after a checkpoint, resume, and the same number of steps straight: bitwise equal weights."""
     args = ["train", *TINY, "--config.train.save_every=4", f"--config.data.workers={workers}"]

@@ -14,6 +14,7 @@ import dataclasses
 import io
 import json
 import math
+import threading
 
 import numpy as np
 from absl import logging
@@ -29,6 +30,7 @@ VERSION = 1  # of the format
 COMPLETE, PARTIAL = "features.json", "features.partial.json"
 LONGEST_HEADER = 4096  # bytes of a file that are looked at; the header takes 128
 UNKNOWN = "unknown"
+_PARSING = threading.Lock()  # Python 3.11's parser, which NumPy takes for headers, fails if threads are in it together
 OLD_DECODING = "not turned, transparency dropped (data.orient=False data.background='')"
 
 
@@ -152,7 +154,8 @@ def _check_file(folder: AnyPath, file: int, contents: Contents) -> int:
         stream = io.BytesIO(read_bytes(str(path), 0, LONGEST_HEADER))
         if (version := np.lib.format.read_magic(stream)) != (1, 0):
             raise ValueError(f"version {version} of the format")
-        there, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        with _PARSING:
+            there, _, dtype = np.lib.format.read_array_header_1_0(stream)
         start, size = stream.tell(), file_size(str(path))
         if there != shape or dtype != np.float16:
             problem = f"holds {there} {dtype}, not {shape} float16"

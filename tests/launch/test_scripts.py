@@ -280,6 +280,7 @@ def test_slurm_script_asks_for_what_it_needs():
     assert not any("#SBATCH" in x for x in text.splitlines()[first_command:]), "sbatch does not read these"
 
 
+@pytest.mark.slow
 def test_two_real_processes_stop_and_are_requeued(start, tmp_path):
     """The program itself as two tasks; the stand-ins are srun, scancel and scontrol."""
     run = ["--config", "tests/launch/tiny.py", "--workdir", str(tmp_path / "run"), "--config.train.log_every=1"]
