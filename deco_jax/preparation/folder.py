@@ -5,7 +5,6 @@ import re
 import shutil
 
 from deco_jax import storage
-from deco_jax.errors import UsageError
 from deco_jax.jobs import Job
 from deco_jax.jobs.job import WHOLE
 from deco_jax.storage import AnyPath
@@ -34,20 +33,3 @@ def free_space(folder: AnyPath) -> float:
     """Bytes that are free on a folder's disk; infinite where nobody says."""
     usage = None if storage.is_remote(folder) else shutil.disk_usage(folder)
     return usage.free if usage and usage.total else math.inf  # some network folders say nothing
-
-
-def check_space(job: Job, needed: float, what: str, remedy: str) -> None:
-    """Raises UsageError if the disk has less space than `needed` bytes.
-
-    Args:
-      job: in the folder of which they are to be written.
-      needed: bytes.
-      what: needs them: "the missing features take".
-      remedy: what to do, after "choose another disk".
-    """
-    free = free_space(job.folder)
-    if needed > free:
-        raise UsageError(
-            f"--out={job.folder} has {free / 1e9:,.1f} GB free, and {what} {needed / 1e9:,.1f} GB; "
-            f"choose another disk{remedy}."
-        )

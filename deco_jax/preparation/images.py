@@ -252,7 +252,7 @@ def _write_files(job: Job, config: ConfigDict, source: Source, contents: Content
             with contextlib.suppress(Stopped):
                 if file in begins:
                     parts = _in_turn(contents, begins[file], batch_size)
-                    _write_of_each(job, contents, parts, batches, bad, progress)
+                    _write_together(job, contents, parts, batches, bad, progress)
 
 
 def _groups(files: list[int], workers: int) -> list[list[int]]:
@@ -276,7 +276,7 @@ def _encoded(batch: Batch) -> Batch:
     return batch | {"image": encode(batch["image"])}
 
 
-def _write_of_each(
+def _write_together(
     job: Job,
     contents: Contents,
     parts: list[range],

@@ -38,7 +38,7 @@ from deco_jax.jobs import Job, Progress, StopRequest, find_part, open_job
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel import processes
 from deco_jax.parallel.mesh import Layout
-from deco_jax.preparation.folder import check_space, remove_drafts
+from deco_jax.preparation.folder import free_space, remove_drafts
 from deco_jax.preparation.reading import LoadRecords
 from deco_jax.storage import AnyPath
 from deco_jax.version import __version__
@@ -121,9 +121,11 @@ def _begin(job: Job, contents: Contents) -> None:
     """Removes what a start that was killed has left, and writes into the folder what its features are of."""
     remove_drafts(job, "features")
     needed = sum(_bytes(*contents.shape(file)) for file in missing_files(job.folder, contents))
-    check_space(
-        job, needed, "the missing features take", ", or train with the teacher in every step: teacher.stored=''"
-    )
+    if needed > (free := free_space(job.folder)):
+        raise UsageError(
+            f"--out={job.folder} has {free / 1e9:,.1f} GB free, and the missing features take {needed / 1e9:,.1f} GB; "
+            "choose another disk, or train with the teacher in every step: teacher.stored=''."
+        )
     if not _is_of(job.folder, contents):
         storage.write_json(job.folder / PARTIAL, dataclasses.asdict(contents))
 

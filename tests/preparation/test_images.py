@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-import time
 
 import numpy as np
 import pytest
@@ -31,6 +30,7 @@ from deco_jax.preparation import folder as folder_rules
 from deco_jax.preparation import images as prepare
 from deco_jax.preparation.images import prepare_images
 from tests.helpers import programs
+from tests.preparation.running import end_of, wait_for, write_config
 
 SIZE, RECORDS, A_FILE = 16, 14, 4
 BROKEN = ("eel/03.png", "cat/00.png")
@@ -63,6 +63,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture
 def config(photos, tiny_config):
+    tiny_config.model.patch_size = 8
     tiny_config.data.update(
         source="folder",
         path=str(photos),
@@ -403,15 +404,6 @@ def test_the_command(config, tmp_path, capsys):
 # --- real ends
 
 
-def write_config(path, config):
-    text = json.dumps({field: config.data[field] for field in config.data})
-    path.write_text(
-        "import json\n\nfrom deco_jax.config import default_config\n\n\ndef get_config():\n"
-        f"    config = default_config()\n    config.data.update(json.loads({text!r}))\n    return config\n"
-    )
-    return path
-
-
 @pytest.fixture
 def start(config, tmp_path):
     """Starts `deco prepare --images` with small files, every batch of which takes a while."""
@@ -424,20 +416,6 @@ def start(config, tmp_path):
             return run(*command, **{"DECO_TEST_SECONDS": str(seconds)} | environment)
 
         yield start
-
-
-def end_of(process):
-    """(exit code, output)"""
-    output, _ = process.communicate(timeout=90)
-    return process.returncode, output
-
-
-def wait_for(path):
-    for _ in range(600):
-        if path.exists():
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"{path} did not come")
 
 
 def test_a_full_disk_keeps_what_is_finished(config, start, tmp_path):

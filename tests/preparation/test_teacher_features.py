@@ -9,7 +9,6 @@ import resource
 import signal
 import socket
 import sys
-import time
 
 import jax
 import numpy as np
@@ -30,6 +29,7 @@ from deco_jax.preparation import folder as folder_rules
 from deco_jax.preparation import teacher as prepare
 from deco_jax.preparation.teacher import prepare_teacher
 from tests.helpers import programs, random_dinov2
+from tests.preparation.running import end_of, wait_for, write_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 TOKENS, WIDTH = 4, 64  # of images of 32² and the teacher here
@@ -435,13 +435,6 @@ def test_pickles_are_not_opened(config, tmp_path):
 # --- the command
 
 
-def write_config(path, config):
-    path.write_text(
-        f"from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({config.to_dict()})\n"
-    )
-    return path
-
-
 @pytest.fixture
 def start(config, tmp_path):
     """Starts `deco prepare` with small files, every batch of which takes a while."""
@@ -454,20 +447,6 @@ def start(config, tmp_path):
             return run(*command, **{"DECO_TEST_SECONDS": str(seconds)} | environment)
 
         yield start
-
-
-def end_of(process):
-    """(exit code, output)"""
-    output, _ = process.communicate(timeout=90)
-    return process.returncode, output
-
-
-def wait_for(path):
-    for _ in range(600):
-        if path.exists():
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"{path} did not come")
 
 
 def arrays_of(folder):
