@@ -11,9 +11,10 @@ from deco_jax.version import __version__
 _MODULES = {
     "build_model": "deco_jax.config",
     "load_pretrained": "deco_jax.pretrained.load",
+    "load_text_encoder": "deco_jax.encoders.text",
     "sample": "deco_jax.sampling.sample",
 }
-__all__ = ["__version__", "build_model", "load_pretrained", "sample"]
+__all__ = ["__version__", "build_model", "load_pretrained", "load_text_encoder", "sample"]
 
 
 def __getattr__(name: str) -> Any:

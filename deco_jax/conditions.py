@@ -2,14 +2,14 @@
 
 A condition knows the fields of a batch that carry it, how examples lose it in training, and how users write it. What
 a network gets is a tree of arrays with the batch as leading axis; only the network, and the encoder before it if there
-is one, look into it. `ClassLabels` is the only one so far: its encoder is a table inside the network.
+is one, look into it. The encoder of `ClassLabels` is a table inside the network, that of `Text` a network of its own.
 """
 
 import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -124,6 +124,8 @@ class ClassLabels:
 
     def check_data(self, offered: "ClassLabels") -> None:
         """Raises UsageError if a network of this condition cannot learn from data that come with the one `offered`."""
+        if not isinstance(offered, ClassLabels):
+            raise UsageError(f"the network learns from class labels; the data offers {offered}.")
         if offered.num_classes > self.num_classes:
             raise UsageError(
                 f"model.num_classes={self.num_classes} is too few; the data has {offered.num_classes} classes."
@@ -172,3 +174,73 @@ def _by_name(names: tuple[str, ...]) -> dict[str, list[int]]:
 def _plain(text: str) -> str:
     """A name as it is compared: without capitals, and with single spaces."""
     return re.sub(r"\s*,\s*", ", ", " ".join(text.casefold().split()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """States of a text encoder for a prompt: `tokens` of `features` numbers, those of padding included.
+
+    A batch has the tokens' numbers; in the step the encoder, a frozen network, puts the states beside them. Nothing is
+    the empty prompt, whose states only the encoder knows.
+    """
+
+    tokens: int  # L
+    features: int  # E
+    nothing = ""
+
+    @property
+    def fields(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """As of `ClassLabels`: numbers of tokens, below zero where there is none."""
+        return {"tokens": jax.ShapeDtypeStruct((self.tokens,), np.int32)}
+
+    def drop(self, batch: Mapping[str, Array], drop_B: Array) -> dict[str, Array]:
+        """The batch, in which it stands which examples have lost their prompt; the encoder then takes the empty one."""
+        return {**batch, "dropped": drop_B}
+
+    def from_batch(self, batch: Mapping[str, Array]) -> Array:
+        """What the network gets: states (B, L, E)."""
+        return batch["text"]
+
+    def example(self, batch_size: int) -> Array:
+        """Some condition, (B, L, E), to initialise a network with."""
+        return jnp.zeros((batch_size, self.tokens, self.features))
+
+    def read(self, requests: Array | Sequence[str], encoder: Callable[[Sequence[str]], Array] | None = None) -> Array:
+        """Prompts, or an encoder's states of them, as the network takes them: (B, L, E).
+
+        Raises:
+          UsageError: prompts without an encoder, or states of another shape.
+        """
+        if not hasattr(requests, "ndim") and any(isinstance(request, str) for request in requests):
+            if encoder is None:
+                raise UsageError("prompts need their encoder: sample(…, encoder=deco_jax.load_text_encoder(NAME)).")
+            requests = encoder(requests)
+        shape = np.shape(requests)
+        if len(shape) != 3 or shape[1:] != (self.tokens, self.features):
+            raise UsageError(f"text has the shape {shape}; the network takes (B, {self.tokens}, {self.features}).")
+        return requests
+
+    def check_data(self, offered: Any) -> None:
+        """Raises UsageError if a network of this condition cannot learn from data that come with the one `offered`."""
+        if not isinstance(offered, Captions):
+            raise UsageError(
+                "model.kind='deco_text' learns from captions, and the data have none; choose a data.source."
+            )
+
+    def parse(self, text: str, names: Sequence[str] = (), option: str = "--labels") -> list:
+        """As of `ClassLabels`, for commands that know classes only."""
+        raise UsageError(
+            "this command draws classes, and the network is told prompts: deco_jax.sample(model, params, prompts, key, "
+            "encoder=deco_jax.load_text_encoder(NAME), image_size=…)."
+        )
+
+    def cycle(self, indices: Array) -> Any:
+        """As of `ClassLabels`, which it is not."""
+        return self.parse("")
+
+
+@dataclasses.dataclass(frozen=True)
+class Captions:
+    """What a source of captioned images knows about each: a text, which becomes the numbers of its tokens."""
+
+    name = "caption"  # of the record's entry, text, which is in no batch

@@ -84,11 +84,25 @@ class Golden:
     @property
     def kind(self) -> str:
         """The recorded network's `model.kind`."""
+        if "txt_max_length" in self.config:
+            return "deco_text"
         return "pixnerd" if "nerf_mlpratio" in self.config else "deco" if "hidden_size_x" in self.config else "baseline"
 
     def sizes(self) -> dict[str, int]:
         """The recorded network's sizes under our names."""
         c = self.config
+        if self.kind == "deco_text":
+            return {
+                "patch_size": c["patch_size"],
+                "width": c["hidden_size"],
+                "depth": c["num_encoder_blocks"],
+                "heads": c["num_groups"],
+                "text_tokens": c["txt_max_length"],
+                "text_features": c["txt_embed_dim"],
+                "text_depth": c["num_text_blocks"],
+                "decoder_width": c["decoder_hidden_size"],
+                "decoder_depth": c["num_decoder_blocks"],
+            }
         blocks = c.get("num_cond_blocks", c["num_blocks"])  # of the transformer; the decoder's come after them
         known = {
             "num_classes": c["num_classes"],

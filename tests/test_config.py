@@ -177,7 +177,17 @@ def test_the_files_of_version_1_are_read_whole():
         then["sample.guidance_interval"] = tuple(then["sample.guidance_interval"])
         assert "config_version" not in values and "sample.last" not in then
         younger = {"sample.last": 0.0, "data.max_bad_share": 0.1, "train.save_minutes": 30.0, "train.reschedule": False}
-        younger["data.threads"] = FIELDS["data.threads"].default
+        new = (
+            "data.threads",
+            "data.min_side",
+            "data.crop",
+            "data.caption",
+            "data.short",
+            "model.text",
+            "text.",
+            "sample.p",
+        )
+        younger |= {name: field.default for name, field in FIELDS.items() if name.startswith(new)}
         younger |= {name: field.default for name, field in FIELDS.items() if name.startswith("evaluate.")}
         younger |= {"train.evaluate_every": 0}
         decoding = {"data.orient": False, "data.background": ""}
@@ -236,7 +246,7 @@ def test_overrides_are_typed():
         ),
         (
             "--config.data.source=imagenet",
-            "data.source='imagenet' is not known; allowed: digits, folder, prepared, tars, tfds",
+            "data.source='imagenet' is not known; allowed: captions, digits, folder, parquet, prepared, tars, tfds, webdataset",
         ),
         ("--config.loss.frequency_quality=101", "loss.frequency_quality=101 must be from 1 to 100"),
         ("--config.flow.null_probability=2", "flow.null_probability=2.0 must be from 0 to 1"),

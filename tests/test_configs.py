@@ -15,6 +15,7 @@ from flax import linen as nn
 from deco_jax.config import flatten, load_config
 from deco_jax.diffusion.flow import Draws
 from deco_jax.encoders.teacher import default_teacher
+from deco_jax.encoders.text import default_text_encoder
 from deco_jax.errors import UsageError
 from deco_jax.models.build import parameter_shapes
 from deco_jax.parallel import mesh as meshes
@@ -59,14 +60,14 @@ def test_shipped_config_traces_its_train_step(name):
     config = load(name, ["--config.mesh.fsdp=4"])
     live = ":" not in name and config.loss.alignment_weight  # the others with stored features
     layout, frozen = meshes.make_layout(config.mesh), [default_teacher(config)] if live else []
+    frozen += [default_text_encoder(config)] if config.model.kind == "deco_text" else []
     train_step = make_train_step(config, frozen)
     state, frozen_params = abstract_state(train_step, layout), {f.name: f.abstract_params(layout) for f in frozen}
     b, size = config.data.batch_size, config.data.image_size
     sharding = meshes.batch_sharding(layout.mesh)
-    batch = {
-        "image": jax.ShapeDtypeStruct((b, size, size, 3), jnp.uint8, sharding=sharding),
-        "label": jax.ShapeDtypeStruct((b,), jnp.int32, sharding=sharding),
-    }
+    shapes = {"image": ((size, size, 3), jnp.uint8)}
+    shapes |= {name: (field.shape, field.dtype) for name, field in train_step.network.condition.fields.items()}
+    batch = {k: jax.ShapeDtypeStruct((b, *shape), dtype, sharding=sharding) for k, (shape, dtype) in shapes.items()}
     tokens = (size // config.model.patch_size) ** 2
     if config.loss.alignment_weight and not live:
         batch["features"] = jax.ShapeDtypeStruct((b, tokens, 768), jnp.float16, sharding=sharding)
@@ -77,6 +78,33 @@ def test_shipped_config_traces_its_train_step(name):
     assert {"loss", "loss_flow", "gradient_norm"} <= metrics.keys()
     assert all((term in metrics) == bool(weight) for term, weight in weights.items())
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((state.params, state.ema)))
+
+
+def test_the_three_stages_of_text_to_image():
+    """The paper's, section 6 of what the published system computes; one network of 1,133,759,395 parameters."""
+    runs = [load(f"t2i_{stage}.py") for stage in ("pretrain256", "pretrain512", "sft512")]
+    found = [
+        (
+            run.data.image_size,
+            run.data.batch_size,
+            run.optimizer.lr,
+            (run.optimizer.beta1, run.optimizer.beta2),
+            run.flow.time_shift,
+            run.train.steps,
+            bool(run.train.init_from),
+        )
+        for run in runs
+    ]
+    assert found == [
+        (256, 1536, 2e-4, (0.9, 0.95), 2.0, 200_000, False),
+        (512, 512, 1e-4, (0.9, 0.95), 4.0, 100_000, True),
+        (512, 512, 1e-5, (0.9, 0.999), 4.0, 40_000, True),
+    ]
+    for run in runs:
+        assert (run.optimizer.clip_norm, run.flow.null_probability, run.loss.alignment_layer) == (1.0, 0.1, 6)
+        assert (run.sample.solver, run.sample.steps, run.sample.guidance, run.sample.shift) == ("adams2", 25, 4.0, 3.0)
+        shapes = parameter_shapes(make_train_step(run).network)
+        assert sum(x.size for x in jax.tree.leaves(shapes)) == 1_133_759_395
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

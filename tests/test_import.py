@@ -80,7 +80,15 @@ MODULES = {
     "protobuf": "google",
     "tensorflow-datasets": "tensorflow_datasets",
 }
-OPTIONAL = {"diffusers", "jinja2", "matplotlib", "plotly", "torch"}  # in pyproject.toml's extras
+OPTIONAL = {
+    "diffusers",
+    "jinja2",
+    "matplotlib",
+    "plotly",
+    "pyarrow",
+    "tokenizers",
+    "torch",
+}  # in pyproject.toml's extras
 
 
 def imported_modules():

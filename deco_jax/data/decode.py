@@ -80,6 +80,7 @@ class Decoder:
     size: int  # pixels along a side
     orient: bool
     background: str
+    min_side: int = 0  # pixels along the short side that an image must have
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "Decoder":
@@ -97,11 +98,16 @@ class Decoder:
                 f'data.background={config.background!r} is no colour; write a name ("white"), "#rrggbb", or "" to '
                 "drop transparency."
             )
-        return cls(config.image_size, config.orient, config.background)
+        return cls(config.image_size, config.orient, config.background, config.min_side)
 
     def __call__(self, content: bytes) -> np.ndarray:
-        """(size, size, 3) uint8; raises as `decode` does."""
-        return center_crop(decode(content, self.orient, self.background), self.size)
+        """(size, size, 3) uint8; raises as `decode` does, and ValueError if the image is too small."""
+        return center_crop(self._large(decode(content, self.orient, self.background)), self.size)  # keeps no image
+
+    def _large(self, image: Image.Image) -> Image.Image:
+        if min(image.size) < self.min_side:
+            raise ValueError(f"{image.width}×{image.height} pixels; data.min_side={self.min_side} asks for more")
+        return image
 
     def __str__(self) -> str:
         """In words, what is done that upstream's loader does not do; "" if nothing."""

@@ -40,7 +40,9 @@ class Folder:
                 root / NAME,
                 beside,
                 lambda: _list(root, where),
-                lambda state: storage.retried(f"looking at {root}", lambda: _state(root, state["folders"]) == state),
+                lambda state: storage.retried(
+                    f"looking at {root}", lambda: folder_state(root, state["folders"]) == state
+                ),
             )
         self.root, self.class_names, self.identity = str(root), self.index.class_names, self.index.identity
         self.condition, self.decoding = ClassLabels(len(self.class_names)), str(self.decoder)
@@ -68,11 +70,11 @@ class Folder:
 def _list(root: AnyPath, where: str) -> Listing:
     """Looks at every file; raises UsageError if there is nothing to train on."""
     begun, times, telling = time.time(), {}, Telling(str(root))
-    entries = None if storage.is_remote(root) else _entries(root)
+    entries = None if storage.is_remote(root) else entries_of(root)
     names, classes, ignored = [], set(), collections.Counter()
     for name in list_files(root, times, lambda files: telling(f"{files:,} files")):
         first, _, rest = name.partition("/")
-        if _is_ours(first):
+        if is_ours(first):
             continue
         if name.startswith(".") or os.path.basename(name).startswith("."):
             ignored["hidden"] += 1
@@ -103,7 +105,7 @@ def _list(root: AnyPath, where: str) -> Listing:
     return Listing(names, tuple(sorted(classes)), ignored, state, why)
 
 
-def _state(root: os.PathLike, folders: dict[str, Any]) -> dict[str, Any] | None:
+def folder_state(root: os.PathLike, folders: dict[str, Any]) -> dict[str, Any] | None:
     """What changes when a file comes or goes; None if one of the folders is gone.
 
     Of the root it is the names in it: the index that is written there changes its time.
@@ -112,17 +114,17 @@ def _state(root: os.PathLike, folders: dict[str, Any]) -> dict[str, Any] | None:
     try:
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
             times = pool.map(lambda folder: times_of(os.path.join(root, folder)), folders)
-            return {"entries": _entries(root), "folders": dict(zip(folders, times, strict=True))}
+            return {"entries": entries_of(root), "folders": dict(zip(folders, times, strict=True))}
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def _entries(root: os.PathLike) -> list[str]:
+def entries_of(root: os.PathLike) -> list[str]:
     """Names in the root, folders with a slash at the end."""
     with os.scandir(root) as entries:
-        return sorted(f"{e.name}/" if e.is_dir() else e.name for e in entries if not _is_ours(e.name))
+        return sorted(f"{e.name}/" if e.is_dir() else e.name for e in entries if not is_ours(e.name))
 
 
-def _is_ours(name: str) -> bool:
+def is_ours(name: str) -> bool:
     """Whether an entry of the root is an index, or a draft of one."""
     return name.startswith(".") and "deco_jax_index" in name

@@ -4,8 +4,9 @@
                                          made at the first start, and anew when the data have changed
     TMPDIR/deco_jax_UID/….safetensors    this machine's copy, which all processes and their workers map
 
-The format is that of safetensors: names, labels, and for images in tars their places; in the metadata what a run says
-of them, with a checksum. Only the copy is mapped: a page of a network folder that does not come kills a process.
+The format is that of safetensors: names, labels or the places of captions, and for images in tars their places; in
+the metadata what a run says of them, with a checksum. Only the copy is mapped: a page of a network folder that does not
+come kills a process.
 """
 
 import collections
@@ -52,6 +53,8 @@ class Listing:
     why: str = ""  # there is no state
     tars: Sequence[str] = ()  # files that the images lie in
     places_Kx3: np.ndarray | None = None  # number of that file, first byte, bytes
+    source: str = "folder"  # kind of data; tars of classes are as the folder that unpacking makes
+    captions_Kx3: np.ndarray | None = None  # kind of place, first byte, bytes; None: the images have classes
 
 
 class Index:
@@ -86,11 +89,11 @@ class Index:
         self.ignored = collections.Counter(about["ignored"])
         self.tars: list[str] = about["tars"]
         self.hint: str = about["hint"]
-        self.labels_K = arrays["labels"]
+        self.labels_K, self._captions_Kx3 = arrays.get("labels"), arrays.get("captions")  # one of them is there
         self._names, self._starts, self._places_Kx3 = arrays["names"], arrays["starts"], arrays.get("places")
 
     def __len__(self) -> int:
-        return len(self.labels_K)
+        return len(self._starts) - 1
 
     def __reduce__(self) -> tuple:
         return Index, (self.path, self.identity)
@@ -105,9 +108,14 @@ class Index:
         file, start, size = self._places_Kx3[number].tolist()
         return self.tars[file], start, size
 
-    def summary(self) -> list[str]:
-        """See `Source`."""
-        lines = [images_line(len(self), self.class_names, np.bincount(self.labels_K).tolist())]
+    def caption(self, number: int) -> tuple[int, int, int]:
+        """Of a captioned image: in which kind of place its caption is, its first byte there, and how many there are."""
+        kind, start, size = self._captions_Kx3[number].tolist()
+        return kind, start, size
+
+    def summary(self, images: str = "") -> list[str]:
+        """See `Source`; `images`: the line on them, if they have no classes."""
+        lines = [images or images_line(len(self), self.class_names, np.bincount(self.labels_K).tolist())]
         if self.ignored:
             kinds = [f"{count:,} {kind}" for kind, count in self.ignored.most_common()]
             lines.append(f"Ignored: {self.ignored.total():,} files ({first_of(kinds)}).")
@@ -212,32 +220,23 @@ def _line(listing: Listing, seconds: float, kept: AnyPath | None, reason: str) -
 
 def _content(root: str, listing: Listing) -> tuple[bytes, dict[str, Any]]:
     """Of the file, and what its metadata say."""
-    number = {name: label for label, name in enumerate(listing.class_names)}
-    labels = np.array([number[name.partition("/")[0]] for name in listing.names], np.int32)
     try:
         encoded = [name.encode() for name in listing.names]
     except UnicodeEncodeError as error:
         raise UsageError(
             f"{root} holds the file {os.fsencode(error.object)}, whose name is no UTF-8; rename it."
         ) from None
-    joined = b"\0".join([*(name.encode() for name in listing.class_names), b"", *encoded])
-    ends = np.cumsum(np.bincount(labels)).tolist()  # names are in the order of their classes
-    classes = {
-        name: [stop - start, hashlib.sha256(b"\0".join(encoded[start:stop])).hexdigest()[:8]]
-        for name, start, stop in zip(listing.class_names, [0, *ends], ends, strict=False)
-    }
-    names = list(listing.names) if len(encoded) <= FEW else []
+    identity, contents, arrays = (_labelled if listing.captions_Kx3 is None else _captioned)(listing, encoded)
     about = {
         "version": VERSION,
-        "identity": f"folder {hashlib.sha256(joined).hexdigest()}",
+        "identity": identity,
         "class_names": listing.class_names,
-        "contents": {"source": "folder", "records": len(encoded), "classes": classes, "names": names},
+        "contents": {"source": listing.source, "records": len(encoded)} | contents,
         "ignored": dict(listing.ignored),
         "hint": _hint(listing),
         "tars": listing.tars,
     }
-    arrays = {
-        "labels": labels,
+    arrays |= {
         "names": np.frombuffer(b"".join(encoded), np.uint8),
         "starts": np.cumsum([0, *map(len, encoded)], dtype=np.int64),
         "state": np.frombuffer(json.dumps(listing.state).encode(), np.uint8),
@@ -250,6 +249,8 @@ def _content(root: str, listing: Listing) -> tuple[bytes, dict[str, Any]]:
 
 def _hint(listing: Listing) -> str:
     """What is suspicious about the classes, "" if nothing."""
+    if listing.captions_Kx3 is not None:
+        return ""
     below = {name.split("/")[1] for name in listing.names if name.count("/") > 1}
     if len(below) < 2 or any(name.count("/") == 1 for name in listing.names):
         return ""
@@ -257,6 +258,37 @@ def _hint(listing: Listing) -> str:
         f"Attention: all images lie deeper, in {first_of(sorted(below), 3)}. If these are the classes, data.path "
         "begins one level too high."
     )
+
+
+Told = tuple[str, dict[str, Any], dict[str, np.ndarray]]  # identity, what checkpoints keep, arrays
+
+
+def _labelled(listing: Listing, encoded: list[bytes]) -> Told:
+    """Of images in classes."""
+    number = {name: label for label, name in enumerate(listing.class_names)}
+    labels = np.array([number[name.partition("/")[0]] for name in listing.names], np.int32)
+    joined = b"\0".join([*(name.encode() for name in listing.class_names), b"", *encoded])
+    ends = np.cumsum(np.bincount(labels)).tolist()  # names are in the order of their classes
+    classes = {
+        name: [stop - start, hashlib.sha256(b"\0".join(encoded[start:stop])).hexdigest()[:8]]
+        for name, start, stop in zip(listing.class_names, [0, *ends], ends, strict=False)
+    }
+    names = list(listing.names) if len(encoded) <= FEW else []
+    return f"folder {hashlib.sha256(joined).hexdigest()}", {"classes": classes, "names": names}, {"labels": labels}
+
+
+def _captioned(listing: Listing, encoded: list[bytes]) -> Told:
+    """Of images with captions."""
+    captions = hashlib.sha256(listing.captions_Kx3.tobytes()).hexdigest()
+    found, tars = hashlib.sha256(captions.encode()), [f"{tar}: " for tar in listing.tars]
+    fronts = [""] * len(encoded)
+    if listing.places_Kx3 is not None:
+        fronts = [tars[file] for file in listing.places_Kx3[:, 0].tolist()]  # the same few objects
+    for front, name in zip(fronts, encoded, strict=True):
+        found.update(b"%b%b\0" % (front.encode(), name))
+    names = [front + name for front, name in zip(fronts, listing.names, strict=True)] if len(encoded) <= FEW else []
+    contents = {"classes": {}, "names": names, "captions": captions[:8]}
+    return f"{listing.source} {found.hexdigest()}", contents, {"captions": listing.captions_Kx3}
 
 
 def _checksum(text: str, arrays: dict[str, np.ndarray]) -> str:

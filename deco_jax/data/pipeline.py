@@ -25,8 +25,10 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict
 
+from deco_jax.conditions import Captions
 from deco_jax.data.features import StoredFeatures
 from deco_jax.data.records import Source
+from deco_jax.data.tokens import Tokenizer
 from deco_jax.errors import TransientError, UsageError
 
 Batch = dict[str, np.ndarray]
@@ -101,6 +103,7 @@ class LoadShare(grain.transforms.Map):
     rows: np.ndarray
     limit: BadLimit
     threads: Threads
+    tokenizer: Tokenizer | None = None  # of captions
     ended: list[Exception] = dataclasses.field(default_factory=list)  # not empty: why nobody waits for further batches
 
     def map(self, number: int) -> Batch:
@@ -128,6 +131,8 @@ class LoadShare(grain.transforms.Map):
             record = (index + offset) % len(self.source)
             try:
                 row = {**self.source.load(record), "bad": np.int32(-1 if offset == 0 else index)}
+                if self.tokenizer is not None:
+                    row["tokens"] = self.tokenizer.encode(row.pop(Captions.name))
                 return row if self.features is None else row | {"features": self.features[record]}
             except (TransientError, UsageError, MemoryError) as error:  # say nothing about the record
                 self.ended.append(error)  # other threads, which are joined, would try for minutes as well
@@ -183,6 +188,7 @@ def batches(
     start: int,
     rows: np.ndarray | None = None,
     features: StoredFeatures | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Iterator[Batch]:
     """This process's rows of the global batches from number `start` on, without end.
 
@@ -193,6 +199,7 @@ def batches(
       start: the first batch's number.
       rows: which R of a batch's B rows to read; None = all.
       features: a teacher's, of the same records; one without counts as unreadable.
+      tokenizer: of the captions, for sources that have them.
 
     Raises:
       UsageError: more records in a row than allowed cannot be read.
@@ -205,7 +212,7 @@ def batches(
     rows = np.arange(config.batch_size) if rows is None else rows
     limit, threads = BadLimit.from_config(config, source), Threads.from_config(config)
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle()  # places beyond its end are of later epochs
-    load = LoadShare(source, features, order, config.batch_size, rows, limit, threads)
+    load = LoadShare(source, features, order, config.batch_size, rows, limit, threads, tokenizer)
     numbers = grain.MapDataset.range(start, sys.maxsize // config.batch_size)
     with contextlib.ExitStack() as closing:
         closing.callback(threads.close)

@@ -63,6 +63,8 @@ def compare(then: dict[str, Any], now: dict[str, Any]) -> str:
             classes.append(f"class {name!r}: {there:,} there, {here:,} here")
         elif hash_there != hash_here:
             classes.append(f"class {name!r}: {here:,} there and here, of other names")
+    if then.get("captions") != now.get("captions") and then["records"] == now["records"]:
+        changes.append("other captions")
     names_then, names_now = set(then["names"]), set(now["names"])
     changes += classes[:5] + ([f"{len(classes) - 5:,} more classes"] if len(classes) > 5 else [])
     if names_then and names_now:

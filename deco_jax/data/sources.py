@@ -2,16 +2,28 @@
 
 from ml_collections import ConfigDict
 
+from deco_jax.data.captions import CaptionFolder
 from deco_jax.data.digits import Digits
 from deco_jax.data.folder import Folder
+from deco_jax.data.parquet import Parquet
 from deco_jax.data.prepared import Prepared
 from deco_jax.data.records import Source
 from deco_jax.data.tars import Tars
 from deco_jax.data.tfds import TFDS
+from deco_jax.data.webdataset import WebDataset
 from deco_jax.storage import AnyPath
 
-SOURCES = {"digits": Digits, "folder": Folder, "prepared": Prepared, "tars": Tars, "tfds": TFDS}
-INDEXED = (Folder, Tars)  # make an index of their images at the first start
+SOURCES = {
+    "captions": CaptionFolder,
+    "digits": Digits,
+    "folder": Folder,
+    "parquet": Parquet,
+    "prepared": Prepared,
+    "tars": Tars,
+    "tfds": TFDS,
+    "webdataset": WebDataset,
+}
+INDEXED = (CaptionFolder, Folder, Tars, WebDataset)  # make an index of their images at the first start
 
 
 def open_source(config: ConfigDict, beside: AnyPath | None = None) -> Source:

@@ -22,6 +22,7 @@ from deco_jax.errors import UsageError
 from deco_jax.storage import AnyPath
 
 EXPECTED = "expected are a tar of <class>.tar, a tar of <class>/<image>, or a folder of <class>.tar"
+FOLDERS = f'{EXPECTED}. Class folders are data.source="folder"'
 COMPRESSED = {  # how such files begin
     b"\x1f\x8b": "gunzip",
     b"BZh": "bunzip2",
@@ -48,7 +49,7 @@ class Tars:
             if not config.path or not storage.retried(f"looking at {path}", path.exists):
                 raise UsageError(f"{where} does not exist; {EXPECTED}.")
             if storage.retried(f"looking at {path}", path.is_dir):
-                root, place, tars = path, path / NAME.replace("index", "index_tars"), _class_tars(path, where)
+                root, place, tars = path, path / NAME.replace("index", "index_tars"), list_tars(path, where, FOLDERS)
             else:
                 root, place, tars = path.parent, path.parent / f".{path.name}{NAME}", [path.name]
             self.root = str(root).rstrip("/")
@@ -57,7 +58,7 @@ class Tars:
                 place,
                 beside,
                 lambda: _list(self.root, tars, whole=root != path, where=where),
-                lambda state: state == _state(self.root, tars),
+                lambda state: state == tars_state(self.root, tars),
             )
         self.class_names, self.identity = self.index.class_names, self.index.identity
         self.condition, self.decoding = ClassLabels(len(self.class_names)), str(self.decoder)
@@ -90,17 +91,17 @@ class Tars:
         return self.index.contents
 
 
-def _class_tars(folder: AnyPath, where: str) -> list[str]:
-    """Names of the tars in a folder, in order."""
+def list_tars(folder: AnyPath, where: str, expected: str) -> list[str]:
+    """Names of the tars in a folder, in order; raises UsageError if there are none, where `expected` says what was."""
     names = storage.retried(f"listing {folder}", lambda: sorted(path.name for path in folder.iterdir()))
     tars = [name for name in names if name.lower().endswith(TAR) and not name.startswith(".")]
     if not tars:
         found = f"holds {first_of(names, 3)}" if names else "is empty"
-        raise UsageError(f'{where} {found}; {EXPECTED}. Class folders are data.source="folder".')
+        raise UsageError(f"{where} {found}; {expected}.")
     return tars
 
 
-def _state(root: str, tars: list[str]) -> list[list[Any]]:
+def tars_state(root: str, tars: list[str]) -> list[list[Any]]:
     """What changes when one of the tars does, or when there are others."""
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         versions = pool.map(lambda tar: file_version(f"{root}/{tar}"), tars)
@@ -159,7 +160,7 @@ class Found:
 
 def _list(root: str, tars: list[str], whole: bool, where: str) -> Listing:
     """Looks at the header of every member; `whole`: the one tar holds all classes."""
-    begun, state, telling = time.time(), _state(root, tars), Telling(root if not whole else f"{root}/{tars[0]}")
+    begun, state, telling = time.time(), tars_state(root, tars), Telling(root if not whole else f"{root}/{tars[0]}")
     sizes = [version[0] for _, version in state]
     parts = [Part(f"{root}/{tar}", k, 0, sizes[k], f"{root}/{tar}", _label(tar)) for k, tar in enumerate(tars)]
     found = Found()
@@ -177,7 +178,7 @@ def _list(root: str, tars: list[str], whole: bool, where: str) -> Listing:
     names = sorted(found.places, key=lambda name: name.replace("/", "\0"))
     if empty := sorted(found.classes - {name.partition("/")[0] for name in names}):
         raise UsageError(f"{where} has no images of the class {empty[0]!r}; {EXPECTED}.")
-    if state != _state(root, tars):
+    if state != tars_state(root, tars):
         raise UsageError(f"{where} changed while it was listed; start again when it is complete.")
     recent = not storage.is_remote(root) and max(version[-1] for _, version in state) > (begun - RECENT) * 1e9
     return Listing(
@@ -198,7 +199,7 @@ def _label(tar: str) -> str:
 def _look_into(part: Part, found: Found, telling: Telling) -> list[Part]:
     """The tars in the tar of all classes; other members are added to `found`."""
     inner = []
-    for name, member in _members(part):
+    for name, member in members(part):
         telling(f"{(member.offset_data + member.size) / part.size:.0%} of {part.size / 1e9:,.1f} GB")
         if member.isdir():
             found.classes |= {name.partition("/")[0]} if name and not name.startswith(".") else set()
@@ -217,7 +218,7 @@ def _look_into_classes(parts: list[Part], found: Found, telling: Telling) -> Non
 
     def look(part: Part) -> Found:
         inside = Found()
-        for name, member in _members(part):
+        for name, member in members(part):
             if not member.isdir():
                 inside.add(part, f"{part.label}/{name.removeprefix(f'{part.label}/')}", member)
         if not inside.places:
@@ -232,7 +233,7 @@ def _look_into_classes(parts: list[Part], found: Found, telling: Telling) -> Non
             telling(f"{k:,} of {len(parts):,} tars, {len(found.places):,} images")
 
 
-def _members(part: Part) -> Iterator[tuple[str, tarfile.TarInfo]]:
+def members(part: Part, expected: str = EXPECTED) -> Iterator[tuple[str, tarfile.TarInfo]]:
     """Names, without "./" in front, and headers of the members of a tar; raises UsageError if it is no whole one."""
     window = _Window(part)
     start = window.read(8)
@@ -255,7 +256,7 @@ def _members(part: Part) -> Iterator[tuple[str, tarfile.TarInfo]]:
             end = window.read(tarfile.BLOCKSIZE)
     except tarfile.TarError as error:
         if window.furthest <= tarfile.BLOCKSIZE:
-            raise UsageError(f"{part.name} is no tar ({error}); {EXPECTED}.") from error
+            raise UsageError(f"{part.name} is no tar ({error}); {expected}.") from error
         raise UsageError(f"{part.name} is cut off or damaged ({error}) after {window.furthest:,} bytes.") from error
     if len(end) < tarfile.BLOCKSIZE:
         raise UsageError(f"{part.name} is cut off: its {part.size:,} bytes have no end mark; finish the download.")

@@ -1,6 +1,6 @@
 """Networks inside the training step that are not trained: what they read from a batch, and where their weights lie.
 
-The teacher of representation alignment is one; a text encoder will be another. Each turns fields of a batch into a new
+The teacher of representation alignment is one, a text encoder another. Each turns fields of a batch into a new
 field, before anything is differentiated. Their parameters are an argument of the compiled step, split by the same rules
 as the trained ones, and belong to no checkpoint.
 """
@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from deco_jax.parallel.mesh import Layout, is_boxed, state_shardings
+from deco_jax.weights.translate import MATRICES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,15 +27,14 @@ class Frozen:
     name: str  # in the tree of the parameters, and beside the hash of its weights in checkpoints
     purpose: str  # what a run does with it, for people
     module: nn.Module
-    reads: str  # the field that it sees
     writes: str  # the field that it adds
     example: jax.ShapeDtypeStruct  # shape and dtype of the module's input, to tell the parameters' shapes
-    prepare: Callable[[Array], Array]  # from what is in the batch to the module's input
+    prepare: Callable[[Mapping[str, Array]], Array]  # from the batch to the module's input
     forward_flops: Callable[[int, int], float]  # (height, width) → floating-point operations per image
 
     def __call__(self, params: Any, batch: Mapping[str, Array]) -> dict[str, Array]:
         """The batch with the field that this network writes; no gradient passes it."""
-        seen = self.module.apply({"params": params}, self.prepare(batch[self.reads]))
+        seen = self.module.apply({"params": params}, self.prepare(batch))
         return {**batch, self.writes: jax.lax.stop_gradient(seen)}
 
     def abstract_params(self, layout: Layout) -> Any:
@@ -73,8 +73,9 @@ class FrozenWeights:
 
 
 def stored_dtype(path: tuple[Any, ...], dtype: jnp.dtype) -> jnp.dtype:
-    """Linear layers multiply in `dtype` whatever they are stored in, so they are stored in it."""
-    return dtype if jax.tree_util.keystr(path, simple=True, separator="/").endswith("/kernel") else jnp.dtype("float32")
+    """Linear layers multiply in `dtype` whatever they are stored in, so they are stored in it, and so are tables."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return dtype if name.endswith(MATRICES) else jnp.dtype("float32")
 
 
 def digest_of(params: Any) -> str:

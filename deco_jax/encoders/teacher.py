@@ -1,5 +1,6 @@
 """The teacher of a run: where its weights are, whether they suit the run, and what it sees in a batch."""
 
+import fnmatch
 import functools
 import hashlib
 import os
@@ -8,6 +9,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from deco_jax.encoders.frozen import Frozen, FrozenWeights
 from deco_jax.errors import TransientError, UsageError
 from deco_jax.storage import AnyPath, is_transient
 
-WEIGHTS = "model.safetensors"  # as Hugging Face calls them
+WEIGHTS = ("config.json", "model.safetensors")  # as Hugging Face calls them
 IMAGE_PATCH = 16  # pixels of the image along a side that one feature stands for
 
 
@@ -63,10 +65,9 @@ def teacher_of(module: DINOv2, config: ConfigDict) -> Frozen:
         name="teacher",
         purpose=f"aligned to the teacher {config.teacher.weights}",
         module=module,
-        reads="image",
         writes="features",
         example=jax.ShapeDtypeStruct((1, module.image_patch, module.image_patch, 3), np.float32),
-        prepare=lambda image_BxHxWx3: (image_BxHxWx3 + 1) / 2,  # to [0, 1]
+        prepare=lambda batch: (batch["image"] + 1) / 2,  # to [0, 1]
         forward_flops=functools.partial(forward_flops, module),
     )
 
@@ -88,7 +89,9 @@ def check_grids(config: ConfigDict) -> None:
         )
 
 
-def find_weights(weights: str, cache: str, field: str = "teacher.weights", where: str = WHERE) -> pathlib.Path:
+def find_weights(
+    weights: str, cache: str, field: str = "teacher.weights", where: str = WHERE, files: Sequence[str] = WEIGHTS
+) -> pathlib.Path:
     """The file or folder of this machine that `teacher.weights` names: there, in the cache, or downloaded into it.
 
     Both may be addresses in a bucket, which is then copied once per machine; so is what is downloaded.
@@ -98,6 +101,7 @@ def find_weights(weights: str, cache: str, field: str = "teacher.weights", where
       cache: a folder.
       field: what a user calls `weights`, for messages.
       where: what a message says on where to get them.
+      files: patterns of what is downloaded, the last of them that of the weights.
 
     Raises:
       TransientError: Hugging Face, or the bucket, does not answer.
@@ -115,7 +119,7 @@ def find_weights(weights: str, cache: str, field: str = "teacher.weights", where
     try:
         with storage.host_lock(lock):  # the first process of a machine downloads, the others wait
             if not _exists(cached):
-                storage.retried(what, lambda: _download(weights, cached), end - time.monotonic())
+                storage.retried(what, lambda: _download(weights, cached, files), end - time.monotonic())
     except TransientError as error:
         raise TransientError(f"{problem}, and {error}. {where}") from error
     except Exception as error:  # of a library that reports a wrong name in many ways
@@ -131,22 +135,23 @@ def _exists(path: AnyPath) -> bool:
         return storage.retried(f"looking for {path}", path.exists)
 
 
-def _download(name: str, target: AnyPath) -> None:
-    """A model's config.json and weights from Hugging Face to `target`, which appears when all is there and checked."""
+def _download(name: str, target: AnyPath, files: Sequence[str]) -> None:
+    """A model's files from Hugging Face to `target`, which appears when all is there and checked."""
     import huggingface_hub
 
     try:
         known = huggingface_hub.model_info(name, files_metadata=True)
     except huggingface_hub.errors.OfflineModeIsEnabled as error:  # a setting of the user's, which does not pass
         raise UsageError(f"HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE')} forbids it") from error
-    wanted = {file.rfilename: file for file in known.siblings if file.rfilename in ("config.json", WEIGHTS)}
-    if WEIGHTS not in wanted:
-        raise FileNotFoundError(f"{name} has no {WEIGHTS}")
+    wanted = {f.rfilename: f for f in known.siblings if any(fnmatch.fnmatch(f.rfilename, x) for x in files)}
+    if not fnmatch.filter(wanted, files[-1]):
+        raise FileNotFoundError(f"{name} has no {files[-1]}")
     with storage.write_beside(target, first_wins=True) as draft:
         for file in wanted:
             huggingface_hub.hf_hub_download(name, file, revision=known.sha, local_dir=draft)
         shutil.rmtree(draft / ".cache", ignore_errors=True)
-        with (draft / WEIGHTS).open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        if wanted[WEIGHTS].lfs is not None and digest != wanted[WEIGHTS].lfs.sha256:
-            raise ConnectionError(f"{WEIGHTS} arrived with the hash {digest}, not {wanted[WEIGHTS].lfs.sha256}")
+        for file in fnmatch.filter(wanted, files[-1]):
+            with (draft / file).open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            if wanted[file].lfs is not None and digest != wanted[file].lfs.sha256:
+                raise ConnectionError(f"{file} arrived with the hash {digest}, not {wanted[file].lfs.sha256}")

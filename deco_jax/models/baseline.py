@@ -14,7 +14,7 @@ class BaselineDiT(ClassConditional, kw_only=True):
     """
 
     def decode(self, s_BxNxD: Array, pixels_BxNxPx3: Array, tau_BxD: Array, c_BxD: Array) -> Array:
-        """See `ClassConditional`."""
+        """See `Trunk`."""
         modulation_Bx2xD = Linear(
             (2, self.width), ("width", None, "modulation"), "zeros", dtype=self.dtype, name="out_modulation"
         )(c_BxD)

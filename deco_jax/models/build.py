@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from deco_jax.models.baseline import BaselineDiT
-from deco_jax.models.deco import DeCo
+from deco_jax.models.deco import DeCo, TextDeCo
 from deco_jax.models.pixnerd import PixNerd
 
-Network = DeCo | BaselineDiT | PixNerd
+Network = DeCo | TextDeCo | BaselineDiT | PixNerd
 
-KINDS: dict[str, type[Network]] = {"deco": DeCo, "baseline": BaselineDiT, "pixnerd": PixNerd}
+KINDS: dict[str, type[Network]] = {"deco": DeCo, "deco_text": TextDeCo, "baseline": BaselineDiT, "pixnerd": PixNerd}
 # Fields of every module that do not make another network of it: how it is computed, and Flax's own.
 _NOT_OF_THE_NETWORK = ("dtype", "remat", "scan", "attention", "parent", "name")
 

@@ -20,23 +20,34 @@ def rematerialised(block: type[nn.Module], remat: str, prevent_cse: bool = True)
 
 
 class Attention(nn.Module):
-    """Self-attention, scale 1/√e; with angles, queries and keys are RMS-normed and rotated."""
+    """Self-attention, scale 1/√e; keys and values may come from text as well."""
 
     heads: int
     dtype: jnp.dtype
     implementation: str | None  # of jax.nn.dot_product_attention: None, "xla" or "cudnn"
     use_bias: bool = False  # of queries, keys and values
+    use_norm: bool = True  # RMSNorm of queries and keys
 
     @nn.compact
-    def __call__(self, x_BxNxD: Array, angles_NxK: Array | None = None) -> Array:
-        """Tokens (B, N, D) and their rotary angles (N, D/h/2) → (B, N, D)."""
+    def __call__(self, x_BxNxD: Array, angles_NxK: Array | None = None, text_BxLxD: Array | None = None) -> Array:
+        """Tokens (B, N, D), their rotary angles (N, D/h/2), and text to look at as well (B, L, D) → (B, N, D)."""
         width = x_BxNxD.shape[-1]
-        features, axes = (3, self.heads, width // self.heads), ("width", None, "heads", "head_dim")
-        qkv = Linear(features, axes, use_bias=self.use_bias, dtype=self.dtype, name="qkv")(x_BxNxD)
+        heads = self.heads, width // self.heads
+        axes = ("width", None, "heads", "head_dim")
+        qkv = Linear((3, *heads), axes, use_bias=self.use_bias, dtype=self.dtype, name="qkv")(x_BxNxD)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        text_k = None
+        if text_BxLxD is not None:
+            text_kv = Linear((2, *heads), axes, use_bias=False, dtype=self.dtype, name="text_kv")(text_BxLxD)
+            text_k, v = text_kv[:, :, 0], jnp.concatenate([v, text_kv[:, :, 1]], axis=1)
+        if self.use_norm:
+            key_norm = rms_norm("head_dim", self.dtype, "key_norm")
+            q, k = rms_norm("head_dim", self.dtype, "query_norm")(q), key_norm(k)
+            text_k = None if text_k is None else key_norm(text_k)
         if angles_NxK is not None:
-            q = rotate(rms_norm("head_dim", self.dtype, "query_norm")(q), angles_NxK)
-            k = rotate(rms_norm("head_dim", self.dtype, "key_norm")(k), angles_NxK)
+            q, k = rotate(q, angles_NxK), rotate(k, angles_NxK)
+        if text_k is not None:
+            k = jnp.concatenate([k, text_k], axis=1)
         out_BxNxHxE = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
         out_BxNxD = out_BxNxHxE.reshape(x_BxNxD.shape)
         return Linear(width, ("heads_out", "width"), dtype=self.dtype, name="out")(out_BxNxD)
@@ -47,12 +58,18 @@ class SwiGLU(nn.Module):
 
     hidden: int
     dtype: jnp.dtype
+    fused: bool = False  # gate and up are one matrix
 
     @nn.compact
     def __call__(self, x_BxNxD: Array) -> Array:
         """(B, N, D) → (B, N, D)."""
-        gate = Linear(self.hidden, ("width", "mlp"), use_bias=False, dtype=self.dtype, name="gate")(x_BxNxD)
-        up = Linear(self.hidden, ("width", "mlp"), use_bias=False, dtype=self.dtype, name="up")(x_BxNxD)
+        if self.fused:
+            features, axes = (2, self.hidden), ("width", None, "mlp")
+            both = Linear(features, axes, use_bias=False, dtype=self.dtype, name="in")(x_BxNxD)
+            gate, up = both[:, :, 0], both[:, :, 1]
+        else:
+            gate = Linear(self.hidden, ("width", "mlp"), use_bias=False, dtype=self.dtype, name="gate")(x_BxNxD)
+            up = Linear(self.hidden, ("width", "mlp"), use_bias=False, dtype=self.dtype, name="up")(x_BxNxD)
         down = Linear(x_BxNxD.shape[-1], ("mlp", "width"), use_bias=False, dtype=self.dtype, name="down")
         return down(nn.silu(gate) * up)
 
@@ -63,17 +80,20 @@ class Block(nn.Module):
     heads: int
     dtype: jnp.dtype
     attention: str | None
+    wide: bool  # SwiGLU of 4D hidden channels from one matrix; else of two thirds of that, from two
 
     @nn.compact
-    def __call__(self, s_BxNxD: Array, c_BxD: Array, angles_NxK: Array) -> Array:
-        """Tokens, conditions and rotary angles → tokens."""
+    def __call__(self, s_BxNxD: Array, c_BxD: Array, angles_NxK: Array | None, text_BxLxD: Array | None) -> Array:
+        """Tokens, conditions, rotary angles and text → tokens."""
         width = s_BxNxD.shape[-1]
         modulation = Linear((6, width), ("width", None, "modulation"), dtype=self.dtype, name="modulation")(c_BxD)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.moveaxis(modulation[:, :, None, :], 1, 0)
         h = modulate(rms_norm("width", self.dtype, "attention_norm")(s_BxNxD), shift_a, scale_a)
-        s_BxNxD = s_BxNxD + gate_a * Attention(self.heads, self.dtype, self.attention, name="attention")(h, angles_NxK)
+        attention = Attention(self.heads, self.dtype, self.attention, name="attention")
+        s_BxNxD = s_BxNxD + gate_a * attention(h, angles_NxK, text_BxLxD)
         h = modulate(rms_norm("width", self.dtype, "mlp_norm")(s_BxNxD), shift_m, scale_m)
-        s_BxNxD = s_BxNxD + gate_m * SwiGLU(int(2 * 4 * width / 3), self.dtype, name="mlp")(h)
+        hidden = 4 * width if self.wide else int(2 * 4 * width / 3)
+        s_BxNxD = s_BxNxD + gate_m * SwiGLU(hidden, self.dtype, fused=self.wide, name="mlp")(h)
         return nn.with_logical_constraint(s_BxNxD, ("batch", "tokens", "activation_width"))
 
 
@@ -84,12 +104,14 @@ class _Layer(nn.Module):
     heads: int
     dtype: jnp.dtype
     attention: str | None
+    wide: bool
     hidden_layer: int | None
 
     @nn.compact
-    def __call__(self, carry, layer, c_BxD, angles_NxK):
+    def __call__(self, carry, layer, c_BxD, angles_NxK, text_BxLxD):
         s, hidden = carry
-        s = self.block(self.heads, self.dtype, self.attention, name="block")(s, c_BxD, angles_NxK)
+        block = self.block(self.heads, self.dtype, self.attention, self.wide, name="block")
+        s = block(s, c_BxD, angles_NxK, text_BxLxD)
         if self.hidden_layer is not None:
             hidden = jnp.where(layer == self.hidden_layer, s, hidden)
         return (s, hidden), None
@@ -104,10 +126,16 @@ class Transformer(nn.Module):
     attention: str | None
     remat: str  # a key of REMAT_POLICIES
     scan: bool  # False unrolls the loop in the compiled program; the parameters are the same
+    wide: bool = False  # see Block
 
     @nn.compact
     def __call__(
-        self, s_BxNxD: Array, c_BxD: Array, angles_NxK: Array, hidden_layer: int | None = None
+        self,
+        s_BxNxD: Array,
+        c_BxD: Array,
+        angles_NxK: Array | None,
+        text_BxLxD: Array | None = None,
+        hidden_layer: int | None = None,
     ) -> tuple[Array, Array | None]:
         """Returns the tokens after the last block and, if asked, those after block `hidden_layer` (1 is the first)."""
         block = rematerialised(Block, self.remat, prevent_cse=not self.scan)
@@ -115,12 +143,13 @@ class Transformer(nn.Module):
             _Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.depth,
             unroll=1 if self.scan else self.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(block, self.heads, self.dtype, self.attention, hidden_layer, name="layers")
+        )(block, self.heads, self.dtype, self.attention, self.wide, hidden_layer, name="layers")
         # The second carry enters linearly and outside the remat: the backward pass needs no copy of it per layer.
         hidden = None if hidden_layer is None else jnp.zeros_like(s_BxNxD)
-        (s_BxNxD, hidden), _ = layers((s_BxNxD, hidden), jnp.arange(1, self.depth + 1), c_BxD, angles_NxK)
+        numbers = jnp.arange(1, self.depth + 1)
+        (s_BxNxD, hidden), _ = layers((s_BxNxD, hidden), numbers, c_BxD, angles_NxK, text_BxLxD)
         return s_BxNxD, hidden

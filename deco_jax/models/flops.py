@@ -2,6 +2,7 @@
 
 from deco_jax.models.baseline import BaselineDiT
 from deco_jax.models.build import Network
+from deco_jax.models.deco import TextDeCo
 from deco_jax.models.pixnerd import PixNerd
 
 
@@ -12,10 +13,19 @@ def forward_flops(model: Network, height: int, width: int) -> float:
     """
     d, p = model.width, model.patch_size
     tokens, pixels = height * width // p**2, height * width
-    mlp = int(2 * 4 * d / 3)
-    block = tokens * (3 * d * d + d * d + 3 * d * mlp) + 2 * tokens**2 * d + 6 * d * d
-    embeddings = tokens * 3 * p * p * d + 256 * d + d * d
-    return 2.0 * (model.depth * block + embeddings + _decoder(model, tokens, pixels))
+    rest = tokens * 3 * p * p * d + 256 * d + d * d + _decoder(model, tokens, pixels)
+    if not isinstance(model, TextDeCo):
+        return 2.0 * (model.depth * _block(tokens, d, int(2 * 4 * d / 3)) + rest)
+    text = model.text_tokens
+    block = _block(tokens, d, 4 * d) + text * 2 * d * d + 2 * tokens * text * d
+    return 2.0 * (
+        model.depth * block + model.text_depth * _block(text, d, 4 * d) + text * model.text_features * d + rest
+    )
+
+
+def _block(tokens: int, d: int, mlp: int) -> int:
+    """Multiply-adds of a block in which tokens see each other."""
+    return tokens * (4 * d * d + 3 * d * mlp) + 2 * tokens**2 * d + 6 * d * d
 
 
 def _decoder(model: Network, tokens: int, pixels: int) -> int:
@@ -27,6 +37,8 @@ def _decoder(model: Network, tokens: int, pixels: int) -> int:
     if isinstance(model, PixNerd):
         generated = 2 * model.decoder_expansion * x * x
         return blocks * (tokens * d * generated + pixels * generated) + pixels * (3 * x + 3 * x)
-    colours = 3 * model.decoder_patch**2  # of a query's square
-    queries, block = 3 * pixels // colours, (5 if model.decoder_interaction == "adaln" else 2) * x * x
+    text = isinstance(model, TextDeCo)
+    colours = 3 if text else 3 * model.decoder_patch**2  # of a query's square
+    adaln = text or model.decoder_interaction == "adaln"
+    queries, block = 3 * pixels // colours, (5 if adaln else 2) * x * x
     return queries * (d * x + 2 * colours * x + x * x + blocks * block)

@@ -117,14 +117,30 @@ class LabelEmbedding(nn.Module):
         return jnp.take(table, labels_B, axis=0).astype(self.dtype)
 
 
-def rotary_angles(rows: int, columns: int, head_dim: int) -> np.ndarray:
+class TextEmbedding(nn.Module):
+    """RMS(Linear(states of a text encoder)) + a learned row per place (docs/model.md, 4)."""
+
+    tokens: int
+    width: int
+    dtype: jnp.dtype = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, text_BxLxE: Array) -> Array:
+        """(B, L, E) → (B, L, D)."""
+        text_BxLxD = Linear(self.width, ("text_features", "width"), dtype=self.dtype, name="in")(text_BxLxE)
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), (None, "text", "width"))
+        positions = self.param("positions", init, (1, self.tokens, self.width), jnp.float32)
+        return rms_norm("width", self.dtype, "norm")(text_BxLxD) + positions.astype(self.dtype)
+
+
+def rotary_angles(rows: int, columns: int, head_dim: int, x_end: float = 16, y_end: float = 16) -> np.ndarray:
     """Angles of the 2-D rotary embedding, (rows·columns, head_dim/2), fp32 (docs/model.md, 2.6).
 
-    Positions run over [0, 16] along each side whatever the resolution, so a network trained at one size
-    runs at another. Even complex slots turn with x, odd ones with y.
+    Positions run from 0 to `x_end` along a row and to `y_end` along a column. As these are 16 whatever the resolution,
+    a class-conditional network trained at one size runs at another. Even complex slots turn with x, odd ones with y.
     """
     theta_I = 10000.0 ** (-4.0 * np.arange(head_dim // 4) / head_dim)
-    x_C, y_R = np.linspace(0, 16, columns), np.linspace(0, 16, rows)
+    x_C, y_R = np.linspace(0, x_end, columns), np.linspace(0, y_end, rows)
     y_RxC, x_RxC = np.meshgrid(y_R, x_C, indexing="ij")
     position_NxIx2 = np.stack([x_RxC, y_RxC], axis=-1).reshape(-1, 1, 2)
     return (position_NxIx2 * theta_I[:, None]).reshape(rows * columns, head_dim // 2).astype(np.float32)

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from deco_jax.models.dit import rematerialised
-from deco_jax.models.layers import Linear, from_patches, layer_norm, modulate, to_patches, uniform
+from deco_jax.models.layers import Linear, from_patches, layer_norm, modulate, rotary_angles, to_patches, uniform
 
 INTERACTIONS = ("adaln", "add")  # of a patch's token with the queries of its pixels
 
@@ -26,6 +26,14 @@ def pixel_position_features(side: int) -> np.ndarray:
     a_PxPxMx1 = waves_PxM[None, :, :, None]
     features = a_PxPxMx1 * b_PxPx1xN / (1 + omega[:, None] * omega)
     return features.reshape(side**2, 64).astype(np.float32)
+
+
+def rotary_position_features(side: int) -> np.ndarray:
+    """The same for text-conditional networks: cosines of a rotary embedding, x and y in turn (docs/model.md, 4)."""
+    return np.cos(rotary_angles(side, side, 128, side, side))
+
+
+POSITION_FEATURES = {"waves": pixel_position_features, "rotary": rotary_position_features}
 
 
 class PixelQuery(nn.Module):
@@ -91,12 +99,13 @@ class PixelDecoder(nn.Module):
     interaction: str  # one of INTERACTIONS
     dtype: jnp.dtype
     remat: str  # a key of REMAT_POLICIES
+    positions: str = "waves"  # a key of POSITION_FEATURES
 
     @nn.compact
     def __call__(self, pixels_BxNxPx3: Array, tokens_BxNxD: Array) -> Array:
         """pixels: noised RGB, patch by patch; tokens: the transformer's output. Returns fp32, shaped as pixels."""
         d, p, r = self.width, self.patch_size, self.group
-        places = pixel_position_features(p // r)
+        places = POSITION_FEATURES[self.positions](p // r)
         squares = pixels_BxNxPx3 if r == 1 else _to_squares(pixels_BxNxPx3, p, r)
         q = PixelQuery(d, self.dtype, name="query")(squares, jnp.asarray(places))
         q = Linear(d, ("decoder_width", "decoder_width_out"), "xavier", dtype=self.dtype, name="in")(q)

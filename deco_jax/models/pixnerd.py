@@ -18,7 +18,7 @@ class PixNerd(ClassConditional, kw_only=True):
     decoder_expansion: int = 2  # m: a generated MLP has m·d hidden channels
 
     def decode(self, s_BxNxD: Array, pixels_BxNxPx3: Array, tau_BxD: Array, c_BxD: Array) -> Array:
-        """See `ClassConditional`."""
+        """See `Trunk`."""
         return FieldDecoder(
             self.decoder_width,
             self.decoder_depth,

@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from deco_jax.conditions import ClassLabels
@@ -11,10 +12,9 @@ from deco_jax.models.dit import Transformer
 from deco_jax.models.layers import LabelEmbedding, Linear, TimeEmbedding, from_patches, rotary_angles, to_patches
 
 
-class ClassConditional(nn.Module, kw_only=True):
-    """A class-conditional network: embeddings and a transformer; each kind has its own `decode`."""
+class Trunk(nn.Module, kw_only=True):
+    """Embeddings and a transformer; kinds differ in their `condition` and `embed` it, and in how they `decode`."""
 
-    num_classes: int  # labels run from 0 to num_classes − 1; num_classes itself is the null label
     patch_size: int  # p, pixels along a patch's side
     width: int  # D, channels of a token
     depth: int  # L, DiT blocks
@@ -25,21 +25,18 @@ class ClassConditional(nn.Module, kw_only=True):
     scan: bool = True  # one compiled block looped over, or all blocks unrolled
     attention: str | None = None  # implementation of jax.nn.dot_product_attention
 
-    @property
-    def condition(self) -> ClassLabels:
-        """What the network is told about the image."""
-        return ClassLabels(self.num_classes)
+    wide = False  # see models/dit.py: Block
 
     @nn.compact
     def __call__(
-        self, x_BxHxWx3: Array, t_B: Array, labels_B: Array, *, hidden_layer: int | None = None
+        self, x_BxHxWx3: Array, t_B: Array, condition: Array, *, hidden_layer: int | None = None
     ) -> Array | tuple[Array, Array]:
         """Predicts the velocity v = image − noise.
 
         Args:
           x_BxHxWx3: noised RGB images, in [-1, 1] at t = 1; H and W are multiples of the patch size.
           t_B: times, 0 = noise, 1 = data.
-          labels_B: integers in [0, num_classes]; num_classes is the null label.
+          condition: what the network is told about each image, see `embed`.
           hidden_layer: also return the tokens after this block (1 is the first), for representation alignment.
 
         Returns:
@@ -61,18 +58,29 @@ class ClassConditional(nn.Module, kw_only=True):
         s = nn.with_logical_constraint(s, ("batch", "tokens", "activation_width"))
 
         tau_BxD = TimeEmbedding(self.width, self.dtype, name="time_embedding")(t_B)
-        label_BxD = LabelEmbedding(self.num_classes, self.width, self.dtype, name="label_embedding")(labels_B)
-        c_BxD = nn.with_logical_constraint(nn.silu(tau_BxD + label_BxD), ("batch", "activation_width"))
-        angles_NxK = rotary_angles(height // p, width // p, self.width // self.heads)
-        s, hidden = Transformer(
-            depth, self.heads, self.dtype, self.attention, self.remat, self.scan, name="transformer"
-        )(s, c_BxD, jnp.asarray(angles_NxK), hidden_layer)
+        c_BxD, text_BxLxD = self.embed(condition, tau_BxD)
+        c_BxD = nn.with_logical_constraint(c_BxD, ("batch", "activation_width"))
+        angles_NxK = self.angles(height // p, width // p)
+        transformer = self.transformer(depth, "transformer")
+        s, hidden = transformer(s, c_BxD, jnp.asarray(angles_NxK), text_BxLxD, hidden_layer)
 
         out_BxHxWx3 = from_patches(self.decode(s, pixels_BxNxPx3, tau_BxD, c_BxD), height, width, p)
         if self.prediction == "image":  # converted here: no solver, guidance or loss can mistake one for the other
             out_BxHxWx3 = velocity_to(out_BxHxWx3, x_BxHxWx3, t_B)
         v_BxHxWx3 = nn.with_logical_constraint(out_BxHxWx3, ("batch", None, None, None))
         return v_BxHxWx3 if hidden_layer is None else (v_BxHxWx3, hidden)
+
+    def transformer(self, depth: int, name: str) -> Transformer:
+        """Blocks as this network computes them."""
+        return Transformer(depth, self.heads, self.dtype, self.attention, self.remat, self.scan, self.wide, name=name)
+
+    def embed(self, condition: Array, tau_BxD: Array) -> tuple[Array, Array | None]:
+        """The condition and τ → what modulates all blocks (B, D), and text for their attention (B, L, D) or None."""
+        raise NotImplementedError
+
+    def angles(self, rows: int, columns: int) -> np.ndarray:
+        """Of the rotary embedding of so many tokens: (N, D/h/2), fp32."""
+        return rotary_angles(rows, columns, self.width // self.heads)
 
     def decode(self, s_BxNxD: Array, pixels_BxNxPx3: Array, tau_BxD: Array, c_BxD: Array) -> Array:
         """Tokens → what the last layer puts out, patch by patch: (B, N, p², 3), fp32. Called while compact.
@@ -81,9 +89,25 @@ class ClassConditional(nn.Module, kw_only=True):
           s_BxNxD: after the last block.
           pixels_BxNxPx3: of the noised image.
           tau_BxD: τ, embedding of the time.
-          c_BxD: SiLU(τ + label).
+          c_BxD: what modulates the blocks.
         """
         raise NotImplementedError
+
+
+class ClassConditional(Trunk, kw_only=True):
+    """A network that is told a class (docs/model.md, 2.4)."""
+
+    num_classes: int  # labels run from 0 to num_classes − 1; num_classes itself is the null label
+
+    @property
+    def condition(self) -> ClassLabels:
+        """What the network is told about the image."""
+        return ClassLabels(self.num_classes)
+
+    def embed(self, labels_B: Array, tau_BxD: Array) -> tuple[Array, None]:
+        """Labels in [0, num_classes], num_classes for none, and τ → SiLU(τ + label)."""
+        label_BxD = LabelEmbedding(self.num_classes, self.width, self.dtype, name="label_embedding")(labels_B)
+        return nn.silu(tau_BxD + label_BxD), None
 
 
 def _check_sides(height: int, width: int, patch_size: int) -> None:

@@ -34,7 +34,7 @@ RULES: Rules = (
 # All that arrays' axes are called; those of activations begin with batch, tokens or activation_.
 LOGICAL_AXES = {"batch", "tokens", "activation_width", "width", "width_out", "heads", "heads_out", "head_dim", "mlp"}
 LOGICAL_AXES |= {"modulation", "layers", "patch", "pixels", "decoder_width", "decoder_width_out", "generated"}
-LOGICAL_AXES |= {"classes", "frequency"}
+LOGICAL_AXES |= {"classes", "frequency", "text", "text_features"}
 SMALL = 2**16  # parameters with fewer elements are copied to every device: splitting them costs more than it saves
 
 # Sizes of the axes; −1 = the rest, of slices: as many as the devices lie in.

@@ -19,7 +19,9 @@ from ml_collections import ConfigDict
 
 from deco_jax.config import load_config
 from deco_jax.encoders.teacher import default_teacher
+from deco_jax.encoders.text import default_text_encoder
 from deco_jax.errors import UsageError
+from deco_jax.models.deco import TextDeCo
 from deco_jax.models.flops import forward_flops
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel.hardware import GIB, Accelerator
@@ -132,7 +134,10 @@ class Program:
         self.name, self.settings = "sampler" if sampler else "train step", Sampling.from_config(config.sample)
         self.per_device = config.data.batch_size // meshes.batch_devices(layout.mesh)  # that splits the batch
         live = config.loss.alignment_weight and not config.teacher.stored and not sampler
-        self.train_step: TrainStep = make_train_step(config, [default_teacher(config)] if live else [])
+        frozen = [default_teacher(config)] if live else []
+        if config.model.kind == "deco_text" and not sampler:
+            frozen.append(default_text_encoder(config))
+        self.train_step: TrainStep = make_train_step(config, frozen)
 
     @functools.cached_property
     def state(self) -> TrainState:
@@ -151,11 +156,12 @@ class Program:
         condition = self.train_step.network.condition
         fields = {name: batched(field.shape, field.dtype) for name, field in condition.fields.items()}
         if self.sampler:
-            wanted = condition.from_batch(fields)
+            one = jax.eval_shape(lambda: condition.example(1))
+            wanted = jax.tree.map(lambda x: batched(x.shape[1:], x.dtype), one)
             keys = batched((), jax.random.key(0).dtype)
             return {"ema": self.state.ema, "batch": (batched((side, side, 3), jnp.float32), keys, wanted, wanted)}
         batch = {"image": batched((side, side, 3), jnp.uint8), **fields}
-        if config.loss.alignment_weight and not self.train_step.frozen:
+        if config.loss.alignment_weight and "teacher" not in {frozen.name for frozen in self.train_step.frozen}:
             tokens = (side // config.model.patch_size) ** 2
             batch["features"] = batched((tokens, config.loss.alignment_features), jnp.float16)
         messages = jax.ShapeDtypeStruct(
@@ -182,8 +188,13 @@ class Program:
         images = self.config.data.batch_size / self.layout.mesh.size
         if self.sampler:
             return (images * forward * self.settings.evaluations,) * 2
-        blocks = forward - forward_flops(network.clone(depth=0), side, side)
-        attention = network.depth * 4 * (side // network.patch_size) ** 4 * network.width
+        tokens, text = (side // network.patch_size) ** 2, {}
+        attention = network.depth * 4 * tokens**2 * network.width
+        if isinstance(network, TextDeCo):
+            text = {"text_depth": 0}
+            seen = network.depth * tokens * network.text_tokens + network.text_depth * network.text_tokens**2
+            attention += 4 * seen * network.width
+        blocks = forward - forward_flops(network.clone(depth=0, **text), side, side)
         again = {"none": 0.0, "dots": attention, "full": blocks}[network.remat]
         model = step_flops(self.train_step, side)
         return images * model, images * (model + again)

@@ -20,15 +20,19 @@ from deco_jax.storage import resolved
 from deco_jax.version import __version__
 from deco_jax.weights import translate
 
-# Fields of a DeCo that PyTorch's (torch_model.py) has no arguments for: this is what it computes.
-IN_PYTORCH = {"prediction": "velocity", "decoder_patch": 1, "decoder_interaction": "adaln"}
+# Of the kinds that PyTorch's DeCo (torch_model.py) computes, fields that it has no arguments for, as it has them.
+IN_PYTORCH = {
+    "deco": {"prediction": "velocity", "decoder_patch": 1, "decoder_interaction": "adaln"},
+    "deco_text": {"prediction": "velocity"},
+}
+NAMES = {"deco": "DeCo", "deco_text": "Text-to-image DeCo", "baseline": "Baseline DiT", "pixnerd": "PixNerd"}
 
 
 def check_known_to_pytorch(bundle: Bundle) -> None:
     """Raises UsageError for a DeCo with another decoder than PyTorch's, whose tensors have no names there."""
     model, fields = bundle.config.model, ("decoder_patch", "decoder_interaction")
-    ours = [f"model.{field}={model[field]}" for field in fields if model[field] != IN_PYTORCH[field]]
-    if model.kind == "deco" and ours:
+    theirs = IN_PYTORCH.get(model.kind, {})
+    if ours := [f"model.{field}={model[field]}" for field in fields if model[field] != theirs.get(field, model[field])]:
         raise UsageError(
             f"{bundle.origin} has {' and '.join(ours)}; only a checkpoint of ours holds such a network "
             "(--format checkpoint), as PyTorch's DeCo has decoder_patch=1 and decoder_interaction=adaln."
@@ -62,7 +66,7 @@ def architecture(bundle: Bundle) -> dict[str, Any]:
     PyTorch's DeCo takes them as its arguments, so they leave out what it is anyway; with anything more it refuses.
     """
     model = bundle.config.model
-    known = IN_PYTORCH if model.kind == "deco" else {}
+    known = IN_PYTORCH.get(model.kind, {})
     return {field: model[field] for field in ("kind", *network_fields(model.kind)) if model[field] != known.get(field)}
 
 
@@ -93,7 +97,7 @@ def write_folder(bundle: Bundle, path: pathlib.Path) -> None:
 def _runs_in_pytorch(bundle: Bundle) -> bool:
     """Whether torch_model.py computes this network."""
     model = bundle.config.model
-    return model.kind == "deco" and all(model[field] == value for field, value in IN_PYTORCH.items())
+    return model.kind in IN_PYTORCH and all(model[field] == value for field, value in IN_PYTORCH[model.kind].items())
 
 
 def model_card(bundle: Bundle) -> str:
@@ -103,7 +107,11 @@ def model_card(bundle: Bundle) -> str:
         ("architecture", f"{m.kind}, {m.depth} blocks of width {m.width}, {m.heads} heads, patches of {m.patch_size}"),
         *([("pixel decoder", f"{m.decoder_depth} blocks of width {m.decoder_width}")] if m.kind != "baseline" else []),
         ("predicts", m.prediction),
-        ("classes", f"{m.num_classes}, and the null class"),
+        *(
+            [("text", f"{m.text_tokens} tokens of {m.text_features} channels; {m.text_depth} blocks of their own")]
+            if m.kind == "deco_text"
+            else [("classes", f"{m.num_classes}, and the null class")]
+        ),
         ("parameters", f"{bundle.parameters:,}"),
         ("weights", f"{bundle.weights} (fp32), step {bundle.step:,}"),
     ]
@@ -118,9 +126,10 @@ def model_card(bundle: Bundle) -> str:
     ]
     unknown = "Converted from PyTorch weights, which do not say how they were trained."
     measured = _last_metrics(bundle.origin, bundle.step)
-    g, name = c.sample, {"deco": "DeCo", "baseline": "Baseline DiT", "pixnerd": "PixNerd"}[m.kind]
-    origin = "DeCo, arXiv 2511.19365" if m.kind == "deco" else f"{name}, as compared with in DeCo, arXiv 2511.19365"
-    call = f"class_labels=[0], num_inference_steps={g.steps}, guidance_scale={g.guidance}"
+    g, name, paper = c.sample, NAMES[m.kind], "DeCo, arXiv 2511.19365"
+    origin = paper if m.kind in IN_PYTORCH else f"{name}, as compared with in {paper}"
+    told = "prompt_embeds=text, negative_prompt_embeds=nothing" if m.kind == "deco_text" else "class_labels=[0]"
+    call = f"{told}, num_inference_steps={g.steps}, guidance_scale={g.guidance}"
     in_torch = f"""
 model = DeCo.from_safetensors("THIS_FOLDER/model.safetensors")  # PyTorch: transformer/torch_model.py
 # diffusers
@@ -128,7 +137,7 @@ pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", custom_pipeline="THIS_FO
 images = pipe({call}).images"""
     return f"""---
 library_name: deco_jax
-tags: [pixel-diffusion, class-to-image]
+tags: [pixel-diffusion, {"text" if m.kind == "deco_text" else "class"}-to-image]
 ---
 # {name} {m.width}×{m.depth}, {c.data.image_size}²
 

@@ -17,6 +17,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from ml_collections import ConfigDict
 
 from deco_jax import storage
+from deco_jax.conditions import ClassLabels
 from deco_jax.data.pipeline import BadRecords, Batch, Threads, read_ahead
 from deco_jax.data.prepared import (
     LABEL,
@@ -103,6 +104,10 @@ def _open(config: ConfigDict, batch_size: int, folder: AnyPath) -> tuple[Source,
     if config.data.path and storage.resolved(config.data.path) == storage.resolved(folder):
         raise UsageError(f"--out={folder} is data.path itself; choose another folder.")
     source, size = open_source(config.data, folder), config.data.image_size
+    if not isinstance(source.condition, ClassLabels):
+        raise UsageError(
+            f"data.source={config.data.source!r} has captions; only images with class labels are prepared."
+        )
     return source, Contents(
         identity=source.identity,
         records=len(source),

@@ -43,7 +43,7 @@ class LoadRecords(grain.transforms.Map):
                 raise self.ended[0]
             try:
                 record = self.source.load(number)
-                batch["image"][row], batch["label"][row] = record["image"], record["label"]
+                batch["image"][row], batch["label"][row] = record["image"], record.get("label", 0)
             except (TransientError, UsageError, MemoryError) as error:  # say nothing about the record
                 self.ended.append(error)  # other threads, which are joined, would try for minutes as well
                 raise

@@ -195,7 +195,7 @@ def _compute(
 
     @jax.jit
     def forward(params: Any, image_BxHxWx3: Array) -> tuple[Array, Array]:
-        batch = network(params, {network.reads: to_float(image_BxHxWx3)})
+        batch = network(params, {"image": to_float(image_BxHxWx3)})
         features = batch[network.writes].astype(jnp.float16)
         return features, jnp.isfinite(features).all(axis=(1, 2))
 

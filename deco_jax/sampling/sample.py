@@ -27,22 +27,25 @@ def sample(
     keys: Array | None = None,
     image_size: int | tuple[int, int] | None = None,
     negative: Array | Sequence[int | str] | None = None,
+    encoder: Callable[[Sequence[str]], Array] | None = None,
     trajectory: int = 0,
     settings: Sampling = Sampling(),  # noqa: B008 (it is frozen)
     **changes: Any,
 ) -> Array | tuple[Array, Array]:
-    """Generates one image per label.
+    """Generates one image per label or prompt.
 
     Args:
       model, params: see `build_model` and `load_pretrained`.
-      labels: (B,) what the images show, as the network's condition reads it: integers in [0, model.num_classes); the
-        string "null" asks for the null class.
+      labels: (B,) what the images show, as the network's condition reads it: integers in [0, model.num_classes), where
+        the string "null" asks for the null class. For a text-conditional network prompts, with their `encoder`; or an
+        encoder's states, (B, L, E).
       key: of all draws; image i starts from `image_noise(key, i, …)` and draws with `image_keys(key, i)` whatever the
         batch.
       noise: (B, H, W, 3), the starting noise itself; replaces key and image_size.
       keys: (B,), each image's key of the noise that the solver draws; needed with noise and solver="euler_sde".
       image_size: side or (height, width) in pixels; needed with key.
-      negative: (B,) what guidance leads away from, in place of the null class.
+      negative: (B,) what guidance leads away from, in place of the null class or the empty prompt.
+      encoder: of prompts, see `load_text_encoder`.
       trajectory: k > 0 also returns states on the way: the noise, every k-th after it, and the image.
       settings: all settings of the sampler at once.
       **changes: fields of `settings` that differ: steps (50), solver ("euler"; or euler_sde, heun,
@@ -59,10 +62,15 @@ def sample(
     """
     settings = dataclasses.replace(settings, **changes)
     number = len(labels)
-    negative = [model.condition.nothing] * number if negative is None else negative
-    if len(negative) != number:
-        raise UsageError(f"negative has {len(negative)} entries; {number} labels need as many.")
-    condition, null = (jax.tree.map(jnp.asarray, model.condition.read(requests)) for requests in (labels, negative))
+    read = model.condition.read if encoder is None else functools.partial(model.condition.read, encoder=encoder)
+    condition = jax.tree.map(jnp.asarray, read(labels))
+    if negative is None and not settings.guided_steps.any():
+        null = condition  # which nothing looks at
+    else:
+        negative = [model.condition.nothing] * number if negative is None else negative
+        if len(negative) != number:
+            raise UsageError(f"negative has {len(negative)} entries; {number} labels need as many.")
+        null = jax.tree.map(jnp.asarray, read(negative))
     if noise is None:
         if key is None or image_size is None:
             raise UsageError("sample needs noise=…, or key=… together with image_size=….")

@@ -24,7 +24,9 @@ PROFILED_STEPS = 5
 class SampleGrids:
     """Grids of images from the EMA weights, from the same noise every time; every row shows one condition."""
 
-    def __init__(self, config: ConfigDict, network: nn.Module, layout: Layout):
+    def __init__(self, config: ConfigDict, network: nn.Module, layout: Layout, text_PxLxE: np.ndarray | None = None):
+        """`text_PxLxE`: states of the rows' prompts, and last of the empty one; None: each row shows a class."""
+        self.text_PxLxE = text_PxLxE
         self.network, self.mesh, self.number = network, layout.mesh, config.sample.num
         self.settings = Sampling.from_config(config.sample)
         self.seed, self.side = config.seed, config.data.image_size
@@ -32,11 +34,16 @@ class SampleGrids:
     def __call__(self, ema: Any) -> np.ndarray:
         """One grid, (H, W, 3) uint8, on every process."""
         rows = -(-self.number // GRID_COLUMNS)
-        requests = np.repeat(self.network.condition.spread(rows), GRID_COLUMNS)
-        drawn = meshes.round_up(len(requests), self.mesh)
+        drawn = meshes.round_up(rows * GRID_COLUMNS, self.mesh)
+        row_N = np.arange(drawn) // GRID_COLUMNS
+        if self.text_PxLxE is None:
+            requests, negative = np.take(self.network.condition.spread(rows), row_N % rows), None
+        else:
+            requests = self.text_PxLxE[row_N % (len(self.text_PxLxE) - 1)]
+            negative = np.broadcast_to(self.text_PxLxE[-1], requests.shape)
         draw = jax.jit(self._draws, static_argnums=0, out_shardings=meshes.batch_sharding(self.mesh))
         noise, keys = draw(drawn)
-        images = sample(self.network, ema, np.resize(requests, drawn), noise=noise, keys=keys, settings=self.settings)
+        images = sample(self.network, ema, requests, noise=noise, keys=keys, negative=negative, settings=self.settings)
         return make_grid(meshes.fetch(to_uint8(images), self.mesh)[: self.number], GRID_COLUMNS)
 
     def _draws(self, number: int) -> tuple[jax.Array, jax.Array]:

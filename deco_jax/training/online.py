@@ -41,6 +41,8 @@ class Judge:
         if not config.train.evaluate_every:
             return None
         chosen, size = config.evaluate, config.data.image_size
+        if config.model.kind == "deco_text":
+            raise UsageError("train.evaluate_every must be 0 with model.kind='deco_text': a class draws each image.")
         if not chosen.reference:
             raise UsageError(
                 "evaluate.reference='' must name a reference.npz, of `deco stats` or of the ADM suite, where "

@@ -12,13 +12,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from deco_jax.checkpoints import store
-from deco_jax.config import restore_config
+from deco_jax.config import build_model, restore_config
 from deco_jax.data.features import StoredFeatures, open_features
 from deco_jax.data.pipeline import fingerprint
 from deco_jax.data.records import Source
 from deco_jax.data.sources import open_source
+from deco_jax.data.tokens import Tokenizer
 from deco_jax.encoders.frozen import FrozenWeights
 from deco_jax.encoders.teacher import load_teacher
+from deco_jax.encoders.text import encode_on, load_run_encoder
 from deco_jax.errors import UsageError
 from deco_jax.models.build import network_fields
 from deco_jax.parallel import mesh as meshes
@@ -42,6 +44,7 @@ class Parts:
     train_step: TrainStep
     frozen: tuple[FrozenWeights, ...]  # of the networks in the step
     features: StoredFeatures | None  # a teacher's, in place of the teacher
+    tokenizer: Tokenizer | None  # of captions
     judge: Judge | None  # of small evaluations
     fingerprint: str  # of the data
 
@@ -66,10 +69,22 @@ def open_parts(config: ConfigDict, workdir: AnyPath) -> Parts:
         features = open_features(config, source)
     elif config.loss.alignment_weight:
         frozen = (load_teacher(config),)
+    tokenizer = None
+    build_model(config.model).condition.check_data(source.condition)
+    if config.model.kind == "deco_text":
+        encoder = load_run_encoder(config)
+        frozen, tokenizer = (*frozen, encoder.weights), encoder.tokenizer
     train_step = make_train_step(config, [weights.network for weights in frozen])
-    train_step.network.condition.check_data(source.condition)
     order = fingerprint(config.data, config.seed, source)
-    return Parts(layout, source, train_step, frozen, features, Judge.open(config), order)
+    return Parts(layout, source, train_step, frozen, features, tokenizer, Judge.open(config), order)
+
+
+def encode_prompts(
+    config: ConfigDict, train_step: TrainStep, tokenizer: Tokenizer, frozen: dict[str, Any], layout: Layout
+) -> np.ndarray:
+    """States of the prompts of sample grids, and last of the empty one, (1 + P, L, E) fp32; `frozen`: parameters."""
+    network = next(network for network in train_step.frozen if network.name == "text")
+    return encode_on(network, frozen["text"], layout, tokenizer([*config.sample.prompts, ""]))
 
 
 def keep_decoding(config: ConfigDict, workdir: AnyPath) -> tuple[ConfigDict, list[str]]:

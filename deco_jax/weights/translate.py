@@ -18,6 +18,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from deco_jax.errors import UsageError
 
+MATRICES = ("/kernel", "table")  # how the paths of arrays end that are matrices
+
 
 def expand(table: Mapping[str, str], counts: Mapping[str, int]) -> Iterator[tuple[str, str, int | None]]:
     """Every tensor that `table` stands for, in the order of PyTorch's modules.
@@ -61,15 +63,20 @@ def count_blocks(pattern: str, names: Iterable[str]) -> int:
 
 
 def from_torch(
-    table: Mapping[str, str], tensors: Mapping[str, Any], like: Any, watch: Callable[[Iterable], Iterable] = iter
+    table: Mapping[str, str],
+    tensors: Mapping[str, Any],
+    like: Any,
+    watch: Callable[[Iterable], Iterable] = iter,
+    matrices: Any = np.float32,
 ) -> Any:
-    """Arranges PyTorch tensors as our parameters; whatever precision they have, ours is fp32.
+    """Arranges PyTorch tensors as our parameters; whatever precision they have, ours is fp32, or what is asked for.
 
     Args:
       table: see above.
       tensors: PyTorch name → array, or a `tensors.Tensor`, which is read from disk here and then let go.
       like: the parameter tree to fill; only its shapes are read (`jax.eval_shape` of an init will do).
       watch: wraps the iteration over tensors, for a progress bar.
+      matrices: dtype of kernels and tables; of frozen networks that multiply in another one than fp32.
 
     Returns:
       Nested dicts of numpy arrays shaped as `like`.
@@ -90,7 +97,8 @@ def from_torch(
             problems.append(f"{name} is complex")
     if problems:
         raise UsageError("these tensors do not fit the model: " + "; ".join(problems) + ".")
-    ours, nonfinite = {path: aligned_empty(shapes[path]) for path, _ in places.values()}, {}
+    dtypes = {path: matrices if path.endswith(MATRICES) else np.float32 for path, _ in places.values()}
+    ours, nonfinite = {path: aligned_empty(shapes[path], dtype) for path, dtype in dtypes.items()}, {}
     for name, (path, index) in watch(places.items()):
         target, value = ours[path][index], np.asarray(tensors[name])
         target[...] = (value.T if path.endswith("/kernel") else value).reshape(target.shape)
@@ -107,12 +115,12 @@ def check_finite(nonfinite: Mapping[str, int]) -> None:
         raise UsageError(f"weights that are NaN or infinite are of no use: {', '.join(bad[:5])}{more}.")
 
 
-def aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
-    """An fp32 array that JAX can take over on a CPU without a copy: it begins at a multiple of 64 bytes."""
-    size = 4 * math.prod(shape)
+def aligned_empty(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """An array that JAX can take over on a CPU without a copy: it begins at a multiple of 64 bytes."""
+    size = np.dtype(dtype).itemsize * math.prod(shape)
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(np.float32).reshape(shape)
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def to_torch(table: Mapping[str, str], params: Any) -> dict[str, np.ndarray]:

@@ -150,7 +150,7 @@ def test_the_second_start_looks_at_no_header(unpacked, tmp_path, monkeypatch, fo
         place = f"{tmp_path}/.{path.name}.deco_jax_index.safetensors"
     assert first.summary()[-1].endswith(f"s, kept in {place}.")
     with monkeypatch.context() as patched:
-        patched.setattr(tars, "_members", None)
+        patched.setattr(tars, "members", None)
         again = opened(path)
     assert again.summary()[-1].startswith(f"Index: {place}, checked in ")
     same_records(again, first)
@@ -382,7 +382,7 @@ def test_tars_in_a_bucket(bucket, unpacked, tmp_path, form, monkeypatch):
     same_records(source, folder)
     assert f"kept in {address}" in source.summary()[-1] or f"kept in {address.parent}/." in source.summary()[-1]
     with monkeypatch.context() as patched:
-        patched.setattr(tars, "_members", None)
+        patched.setattr(tars, "members", None)
         assert ", checked in " in opened(address).summary()[-1]
     changed = address / "n01.tar" if path.is_dir() else address
     changed.write_bytes(changed.read_bytes() + bytes(512))

@@ -292,10 +292,30 @@ def test_the_comparison_networks_open_compute_and_convert(tmp_path, case):
     assert "DeCo.from_safetensors" not in (tmp_path / "hf" / "README.md").read_text()
 
 
-def test_networks_that_cannot_run_yet_are_recognised_and_named(tmp_path):
-    save_file(Golden("deco_t2i").group("param:"), tmp_path / "x.safetensors")
-    with pytest.raises(UsageError, match=r"holds a deco_text network \(patch_size 8, width 32, depth [23], heads 2"):
-        deco_jax.load_pretrained(str(tmp_path / "x.safetensors"))
+def test_the_text_conditional_network_opens_computes_and_converts(tmp_path):
+    """From a file of PyTorch's, through a checkpoint, a folder and a .ckpt; PyTorch computes the same from there."""
+    torch = pytest.importorskip("torch")
+    from deco_jax.export import torch_model
+
+    g = Golden("deco_t2i")
+    save_file(g.group("param:"), tmp_path / "x.safetensors", {"dtype": "float32"})
+    convert(str(tmp_path / "x.safetensors"), str(tmp_path / "run"))
+    convert(str(tmp_path / "run"), str(tmp_path / "hf"), kind="huggingface")
+    convert(str(tmp_path / "hf"), str(tmp_path / "x.ckpt"))
+    for name in ("x.safetensors", "run", "hf", "x.ckpt"):
+        model, params = deco_jax.load_pretrained(str(tmp_path / name), dtype="float32")
+        assert {field: getattr(model, field) for field in g.sizes()} == g.sizes()
+        v = model.apply({"params": params}, g.image("x"), g["t"], g["text"])
+        assert relative_error(v, g.image("out")) < 2e-5
+    for name, value in load_file(tmp_path / "hf" / "model.safetensors").items():
+        np.testing.assert_array_equal(value, g[f"param:{name}"])
+    theirs = torch_model.DeCo.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        out = theirs(*(torch.tensor(g[name]) for name in ("x", "t", "text")))
+    assert relative_error(out.numpy(), g["out"]) < 2e-5
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "text-to-image" in card and "| text | 12 tokens of 48 channels; 2 blocks of their own |" in card
+    assert "prompt_embeds=text" in card
 
 
 @pytest.mark.parametrize(

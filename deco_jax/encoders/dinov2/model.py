@@ -90,7 +90,7 @@ class Block(nn.Module):
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("width",))
         scale_a, scale_m = (self.param(f"{of}_scale", ones, s_BxNxD.shape[-1:]) for of in ("attention", "mlp"))
         h = layer_norm("width", self.dtype, "attention_norm")(s_BxNxD)
-        attention = Attention(self.heads, self.dtype, self.attention, use_bias=True, name="attention")
+        attention = Attention(self.heads, self.dtype, self.attention, use_bias=True, use_norm=False, name="attention")
         s_BxNxD = s_BxNxD + scale_a * attention(h)
         h = layer_norm("width", self.dtype, "mlp_norm")(s_BxNxD)
         s_BxNxD = s_BxNxD + scale_m * Mlp(self.mlp, self.dtype, name="mlp")(h)

