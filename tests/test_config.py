@@ -246,7 +246,8 @@ def test_overrides_are_typed():
         ),
         (
             "--config.data.source=imagenet",
-            "data.source='imagenet' is not known; allowed: captions, digits, folder, parquet, prepared, tars, tfds, webdataset",
+            "data.source='imagenet' is not known; "
+            "allowed: captions, digits, folder, parquet, prepared, tars, tfds, webdataset",
         ),
         ("--config.loss.frequency_quality=101", "loss.frequency_quality=101 must be from 1 to 100"),
         ("--config.flow.null_probability=2", "flow.null_probability=2.0 must be from 0 to 1"),
