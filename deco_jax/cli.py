@@ -141,12 +141,9 @@ def _add_config(parser: argparse.ArgumentParser, example: str, dest: str = "conf
     parser.epilog = f"Any setting of the file: --config.PART.FIELD=VALUE, for instance {example}"
 
 
-def _add_drawing(
-    parser: argparse.ArgumentParser, batch_size: int, *, out: str, files: str, num: str, seed: str
-) -> None:
+def _add_drawing(parser: argparse.ArgumentParser, batch_size: int, *, out: str, files: str, seed: str) -> None:
     """What commands have in common that draw images with a trained network."""
     parser.add_argument("--out", required=True, metavar="DIR", help=f"gets {out}")
-    parser.add_argument("--num", type=int, default=64, help=f"{num} (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help=f"{seed} (default: 0)")
     parser.add_argument("--weights", choices=("ema", "online"), default="ema", help="default: ema")
     text = "of matrix products (default: as it was trained)"
@@ -155,9 +152,29 @@ def _add_drawing(
     parser.add_argument("--overwrite", action="store_true", help=f"replace {files} already in --out")
 
 
-def _add_labels(parser: argparse.ArgumentParser) -> None:
+def _add_labels(labels: Any) -> None:
     text = 'as in "0,5-9,golden retriever,null"; image i shows label i modulo their number (default: all)'
-    parser.add_argument("--labels", default="all", help=text)
+    labels.add_argument("--labels", help=text)
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    """Of networks that are told text."""
+    what = parser.add_mutually_exclusive_group()
+    text = "of a network that is told text: what the images show (repeat for several)"
+    what.add_argument("--prompt", action="append", default=[], metavar="TEXT", help=text)
+    _add_prompts_file(parser, what)
+
+
+def _add_prompts_file(parser: argparse.ArgumentParser, group: Any = None) -> None:
+    text = 'a .txt with a prompt in each line, a .jsonl with {"prompt": …} in each, or a folder of .txt'
+    (group or parser).add_argument("--prompts", metavar="FILE", help=text)
+    text = "of the prompts: a folder, a name on Hugging Face, or minilm (default: as the run's configuration says)"
+    parser.add_argument("--text-encoder", metavar="NAME", help=text)
+
+
+def _add_negative(parser: argparse.ArgumentParser) -> None:
+    text = "guidance leads away from it (default: from no class, or the empty prompt)"
+    parser.add_argument("--negative", metavar="LABEL|TEXT", help=text)
 
 
 def _add_part(parser: argparse.ArgumentParser) -> None:
@@ -215,9 +232,11 @@ def _add_sample(commands: Any) -> None:
     source.add_argument("--checkpoint", dest="source", metavar="PATH", help=text)
     seed = "image i depends on the seed and i alone"
     out = "grid.png and one PNG per image; continued if it holds some of the same"
-    _add_drawing(parser, 64, out=out, files="pictures", num="images", seed=seed)
+    _add_drawing(parser, 64, out=out, files="pictures", seed=seed)
+    parser.add_argument("--num", type=int, help="images (default: 64, or four of each prompt)")
     _add_labels(parser)
-    parser.add_argument("--negative", metavar="LABEL", help="guidance leads away from it (default: from no class)")
+    _add_prompts(parser)
+    _add_negative(parser)
     text = "also trajectory.gif: the first 64 images after every K-th step (default: none)"
     parser.add_argument("--trajectory", type=int, default=0, metavar="K", help=text)
     _add_sampler(parser)
@@ -231,15 +250,18 @@ def _add_generate(commands: Any) -> None:
     out = "samples.npz, and shards until then; continued if it holds some"
     parser.add_argument("--out", required=True, metavar="DIR", help=f"gets {out}")
     number = parser.add_mutually_exclusive_group()
-    number.add_argument("--num", type=int, metavar="N", help="images (default: 50000)")
+    number.add_argument("--num", type=int, metavar="N", help="images (default: 50000, or one of each prompt)")
     number.add_argument("--per-class", type=int, metavar="K", help="images of each label")
+    number.add_argument("--per-prompt", type=int, metavar="K", help="images of each prompt, one after the other")
     labels = parser.add_mutually_exclusive_group()
-    text = 'as in "0,5-9,golden retriever,null"; image i shows label i modulo their number (default: all)'
-    labels.add_argument("--labels", default="all", help=text)
+    _add_labels(labels)
     text = "a text file with the label of one image on each line"
     labels.add_argument("--label-file", metavar="FILE", help=text)
-    parser.add_argument("--negative", metavar="LABEL", help="guidance leads away from it (default: from no class)")
+    _add_prompts(parser)
+    _add_negative(parser)
     parser.add_argument("--png", action="store_true", help="also one PNG per image, in --out/png")
+    text = "of pictures: npz (none), png, or as a benchmark's scorer reads them: geneval, dpg (default: by --prompts)"
+    parser.add_argument("--layout", metavar="NAME", help=text)
     _add_generation(parser)
     _add_part(parser)
 
@@ -271,6 +293,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--sweep", **more, help=text)
     parser.add_argument("--num", type=int, metavar="N", help="images to generate (default: 50000), or to look at (all)")
     _add_labels(parser)
+    _add_prompts_file(parser)
     _add_generation(parser)
 
 
@@ -311,7 +334,8 @@ def _add_spectra(commands: Any) -> None:
     more = {"nargs": "+", "action": "extend", "default": []}
     parser.add_argument("--against", **more, metavar="PATH", help="networks to put beside it")
     files, seed = "spectra.json, spectra.csv and spectra.png", "of the noise, the same for every network"
-    _add_drawing(parser, 16, out=files, files="spectra", num="images per network", seed=seed)
+    _add_drawing(parser, 16, out=files, files="spectra", seed=seed)
+    parser.add_argument("--num", type=int, default=64, help="images per network (default: 64)")
     trained = "(default: as the run's configuration says; else"
     parser.add_argument("--steps", type=int, help=f"of the Euler solver {trained} 50)")
     parser.add_argument("--shift", type=float, help=f"time shift, above 1 = more steps near noise {trained} 1)")

@@ -227,17 +227,6 @@ class Text:
                 "model.kind='deco_text' learns from captions, and the data have none; choose a data.source."
             )
 
-    def parse(self, text: str, names: Sequence[str] = (), option: str = "--labels") -> list:
-        """As of `ClassLabels`, for commands that know classes only."""
-        raise UsageError(
-            "this command draws classes, and the network is told prompts: deco_jax.sample(model, params, prompts, key, "
-            "encoder=deco_jax.load_text_encoder(NAME), image_size=…)."
-        )
-
-    def cycle(self, indices: Array) -> Any:
-        """As of `ClassLabels`, which it is not."""
-        return self.parse("")
-
 
 @dataclasses.dataclass(frozen=True)
 class Captions:

@@ -47,6 +47,11 @@ class Tokenizer:
             check_prompt(prompt)
         return np.array([self.encode(prompt) for prompt in prompts], np.int32).reshape(len(prompts), self.length)
 
+    def too_long(self, prompts: Sequence[str]) -> list[str]:
+        """Those of the prompts of which tokens are cut off."""
+        tokenizer = _load(self.path, self.length)
+        return [prompt for prompt in prompts if tokenizer.encode(prompt).overflowing]
+
     def encode(self, text: str) -> np.ndarray:
         """Any text, such as a caption → (length,) int32."""
         tokens, ids = np.full(self.length, NONE, np.int32), _load(self.path, self.length).encode(text).ids

@@ -18,11 +18,13 @@ from typing import Any
 import jax
 
 from deco_jax import storage
+from deco_jax.config import build_model
 from deco_jax.encoders.features import FeatureNetwork
 from deco_jax.errors import UsageError
 from deco_jax.evaluation.extract import Extraction, extract, hash_of, remove
 from deco_jax.evaluation.images import Images, holds_images, open_images, size_text
 from deco_jax.evaluation.results import METRICS_JSON, METRICS_MD, line_of, row_of
+from deco_jax.generation.requests import Asked, read_requests
 from deco_jax.generation.shards import generate_samples
 from deco_jax.jobs import Job, open_job
 from deco_jax.metrics.references import Reference, read_reference
@@ -70,7 +72,9 @@ class Request:
 
     source: str
     num: int | None = None
-    labels: str = "all"
+    labels: str | None = None
+    prompts: str | None = None
+    text_encoder: str | None = None
     seed: int = 0
     weights: str = "ema"
     dtype: str | None = None
@@ -110,10 +114,14 @@ def look_into(request: Request, judge: Judge) -> Plan:
         changes = dict(request.sampling)
         size = parse_image_size(changes.pop("image_size", None)) or (found.config.data.image_size,) * 2
         settings = Sampling.from_config(found.config.sample, **changes)
-        number = NUM if number is None else number
+        names, asked = found.class_names, Asked(number, labels=request.labels, prompts=request.prompts)
+        wanted = read_requests(build_model(found.config.model).condition, names, asked)
+        number = wanted.num
         asked = {"source": str(found), "fingerprint": found.fingerprint}
         asked |= {"weights": request.weights, "dtype": found.config.model.dtype}
-        asked |= {"seed": request.seed, "labels": request.labels, "image_size": list(size)}
+        labels = str(wanted) if wanted.prompts else request.labels or "all"
+        asked |= {"text_encoder": request.text_encoder or found.config.text.encoder} if wanted.prompts else {}
+        asked |= {"seed": request.seed, "labels": labels, "image_size": list(size)}
         asked |= dataclasses.asdict(settings)
     else:
         given = [f"--{name.replace('_', '-')}" for name, value in request.sampling.items() if value is not None]
@@ -231,6 +239,8 @@ def _generate(request: Request, plan: Plan, job: Job) -> Images | None:
         f"{job.folder / 'samples'}",
         num=plan.number,
         labels=request.labels,
+        prompts=request.prompts,
+        text_encoder=request.text_encoder,
         seed=request.seed,
         weights=request.weights,
         dtype=request.dtype,

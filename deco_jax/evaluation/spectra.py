@@ -19,12 +19,15 @@ from flax import linen as nn
 from jax import Array
 
 from deco_jax import jobs, storage
+from deco_jax.conditions import Text
 from deco_jax.config import build_model
 from deco_jax.diffusion.frequency import BLOCK, block_dct
+from deco_jax.encoders.text import TextEncoder
 from deco_jax.errors import UsageError
 from deco_jax.evaluation.spectra_report import FILES, Spectra, ZIGZAG_64x2, require_matplotlib, write_spectra
-from deco_jax.generation.batches import noise_batches
+from deco_jax.generation.batches import make_conditions, noise_batches
 from deco_jax.generation.folder import check_folder
+from deco_jax.generation.prompts import open_encoder
 from deco_jax.parallel import mesh as meshes
 from deco_jax.pretrained.load import Pretrained, open_pretrained
 from deco_jax.sampling.settings import Sampling, check_image_size, parse_image_size, write_image_size
@@ -43,10 +46,12 @@ def measure_spectra(
     batch_size: int,
     steps: int,
     shift: float = 1.0,
+    prompts: Sequence[str] = (),
+    encoder: TextEncoder | None = None,
 ) -> Spectra:
     """Energies of tokens and velocities along the way from noise to `images` images, without guidance.
 
-    Image i starts from the noise that `deco sample` gives it and shows class i modulo the number of classes, so
+    Image i starts from the noise that `deco sample` gives it and shows class, or prompt, i modulo their number, so
     neither `batch_size` nor the number of local devices, over which a batch is split, changes the result beyond
     rounding. Energies are computed in fp32 whatever the network's dtype, and added up over images in fp64.
 
@@ -58,6 +63,7 @@ def measure_spectra(
       batch_size: images at a time, see `noise_batches`.
       steps: of the Euler solver.
       shift: time shift of its grid.
+      prompts, encoder: of a network that is told text.
 
     Raises:
       UsageError: steps or shift are out of range, or the network diverges.
@@ -65,10 +71,13 @@ def measure_spectra(
     run = _compiled(model, Sampling(steps, shift=shift))
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     params = jax.device_put(params, meshes.replicated(meshes.local_layout().mesh))
+    labels = prompts if encoder is not None else range(model.condition.num_classes)
+    conditions = make_conditions(model, labels, None, encoder)
     energy_2x64 = np.zeros((2, len(ZIGZAG_64x2)))
     with contextlib.closing(jobs.Progress(images, "image")) as progress:
         for indices, noise, count in noise_batches(range(images), seed, image_size, batch_size):
-            energies_2xBx64 = np.asarray(run(params, noise, model.condition.cycle(indices)), np.float64)
+            asked = jax.tree.map(jnp.asarray, model.condition.read(conditions(np.asarray(indices))[0]))
+            energies_2xBx64 = np.asarray(run(params, noise, asked), np.float64)
             energy_2x64 += energies_2xBx64[:, :count].sum(axis=1)
             progress.update(progress.done + count)
     if not np.isfinite(energy_2x64).all():
@@ -154,6 +163,8 @@ def spectra_to_folder(
         drawn = f"{'×'.join(map(str, chosen['image_size']))} pixels, {chosen['steps']} steps, shift {chosen['shift']:g}"
         print(f"{name}: {num} images of {drawn}, in {found.config.model.dtype}", flush=True)
         model = build_model(found.config.model)
+        if isinstance(model.condition, Text):
+            chosen |= {"prompts": found.config.sample.prompts, "encoder": open_encoder(found, None)}
         measured = measure_spectra(model, found.read(weights), images=num, seed=seed, batch_size=batch_size, **chosen)
         origin = f"{found.path}, {weights} weights, in {found.config.model.dtype}"
         spectra[name] = dataclasses.replace(measured, origin=origin)

@@ -1,7 +1,7 @@
 """How are many images drawn from a network: in batches, over all devices, reproducible one by one?"""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax import Array
 
 from deco_jax.diffusion.flow import to_uint8
+from deco_jax.encoders.text import TextEncoder
 from deco_jax.errors import UsageError
 from deco_jax.parallel import mesh as meshes
 from deco_jax.sampling.sample import image_keys, image_noise, sample
@@ -27,6 +28,7 @@ def generate(
     settings: Sampling,
     numbers: Iterable[int] | None = None,
     negative: int | str | None = None,
+    encoder: TextEncoder | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the images with these numbers, (H, W, 3) uint8, in order.
 
@@ -35,38 +37,48 @@ def generate(
 
     Args:
       model, params: see `load_pretrained`.
-      labels: see `deco_jax.sample`.
+      labels: classes or prompts, see `deco_jax.sample`.
       seed: of the noise.
       image_size: side or (height, width) in pixels.
       batch_size: images at a time, rounded up to a multiple of the devices.
       settings: of the sampler.
       numbers: of the images; None = one for each label.
-      negative: the label that guidance leads away from; None = no class.
+      negative: the label or prompt that guidance leads away from; None = no class, or the empty prompt.
+      encoder: of prompts.
 
     Raises:
       UsageError: an image is not finite.
     """
+    conditions = make_conditions(model, labels, negative, encoder)
     params = jax.device_put(params, meshes.replicated(meshes.local_layout().mesh))
     numbers = range(len(labels)) if numbers is None else numbers
     key, under_way = jax.random.key(seed), None
     for indices, noise, count in noise_batches(numbers, seed, image_size, batch_size):
         numbers_B = np.asarray(indices)
-        shown = [labels[i % len(labels)] for i in numbers_B]
-        images = sample(
-            model,
-            params,
-            shown,
-            noise=noise,
-            keys=image_keys(key, indices),
-            negative=None if negative is None else [negative] * len(shown),
-            settings=settings,
-        )
+        asked, away = conditions(numbers_B)
+        keys = image_keys(key, indices)
+        images = sample(model, params, asked, noise=noise, keys=keys, negative=away, settings=settings)
+        shown = [labels[i % len(labels)] for i in numbers_B[:count]]
         following = numbers_B[:count], shown, *_to_pixels(images)
         if under_way is not None:
             yield from _read_back(*under_way)
         under_way = following
     if under_way is not None:
         yield from _read_back(*under_way)
+
+
+def make_conditions(
+    model: nn.Module, labels: Sequence[int | str], negative: int | str | None, encoder: TextEncoder | None
+) -> Callable[[np.ndarray], tuple[Any, Any]]:
+    """A function from the numbers of images, (B,), to what `sample` takes of them as labels and as `negative`."""
+
+    def shown(numbers_B: np.ndarray) -> list[int | str]:
+        return [labels[i % len(labels)] for i in numbers_B]
+
+    if encoder is None:
+        return lambda numbers_B: (shown(numbers_B), None if negative is None else [negative] * len(numbers_B))
+    away_1xLxE = encoder([model.condition.nothing if negative is None else negative])
+    return lambda numbers_B: (encoder(shown(numbers_B)), jnp.repeat(away_1xLxE, len(numbers_B), axis=0))
 
 
 @jax.jit

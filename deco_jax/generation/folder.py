@@ -7,7 +7,7 @@ import dataclasses
 import io
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,9 @@ from deco_jax import jobs, storage
 from deco_jax.config import build_model
 from deco_jax.diffusion.flow import to_uint8
 from deco_jax.errors import UsageError
-from deco_jax.generation.batches import generate, noise_batches
+from deco_jax.generation.batches import generate, make_conditions, noise_batches
+from deco_jax.generation.prompts import open_encoder, warnings_of
+from deco_jax.generation.requests import Asked, read_requests
 from deco_jax.parallel import mesh as meshes
 from deco_jax.pretrained.load import Pretrained, open_pretrained
 from deco_jax.sampling.pictures import make_grid, save_gif, save_png
@@ -28,6 +30,7 @@ from deco_jax.sampling.sample import image_keys, sample
 from deco_jax.sampling.settings import Sampling, check_image_size, parse_image_size
 from deco_jax.storage import AnyPath
 
+NUM, PER_PROMPT = 64, 4  # images, unless told otherwise
 GRID_IMAGES = 256  # a grid shows the first ones only
 GIF_IMAGES = 64  # and a film of their ways fewer
 TRAJECTORY = "trajectory.gif"
@@ -54,14 +57,17 @@ def generate_to_folder(
     source: str,
     out: str,
     *,
-    labels: str,
-    num: int,
+    num: int | None,
     seed: int,
     weights: str,
     dtype: str | None,
     batch_size: int,
     image_size: str | int | None,
     overwrite: bool,
+    labels: str | None = None,
+    prompt: Sequence[str] = (),
+    prompts: str | None = None,
+    text_encoder: str | None = None,
     negative: str | None = None,
     trajectory: int = 0,
     **changes: Any,
@@ -74,20 +80,21 @@ def generate_to_folder(
     Args:
       source: anything that `load_pretrained` opens.
       out: a folder, on this machine or in a bucket; must not hold other pictures unless `overwrite`.
-      labels: as in "0,5-9,golden retriever,null", or "all"; image i shows label i modulo their number.
-      num, seed, batch_size: see `generate`.
+      num: images; None = 64, or four of each prompt.
+      seed, batch_size: see `generate`.
       weights: "ema" or "online".
       dtype: of matrix products, "bfloat16" or "float32"; None = as trained.
       image_size: of squares, or height and width as in "256x384"; None = as trained.
       overwrite: draw all again, and remove numbered pictures that are there.
-      negative: the label that guidance leads away from; None = from no class.
+      labels: as in "0,5-9,golden retriever,null"; image i shows label i modulo their number. None = all.
+      prompt, prompts, text_encoder: of a network that is told text, see `generate_samples`; in turn as labels are.
+      negative: the label or text that guidance leads away from; None = from no class, or the empty prompt.
       trajectory: k > 0 writes trajectory.gif, which shows the first 64 images after every k-th step.
       **changes: fields of `Sampling`; None = as the run's configuration says.
 
     Raises:
       UsageError: an argument is out of range, or `out` holds other pictures or cannot be written.
     """
-    folder = check_folder(out, num, batch_size, seed)
     found = open_pretrained(source, dtype=dtype)
     found.check_set(weights)
     settings = Sampling.from_config(found.config.sample, **changes)
@@ -96,10 +103,14 @@ def generate_to_folder(
     check_image_size(size, model.patch_size)
     if trajectory < 0:
         raise UsageError(f"--trajectory={trajectory} must be at least 0; 0 writes no trajectory.gif.")
-    chosen = model.condition.parse(labels, found.class_names)
-    away = None if negative is None else model.condition.parse_one(negative, found.class_names)
+    asked = Asked(num, negative, labels, prompt=tuple(prompt), prompts=prompts)
+    wanted = read_requests(model.condition, found.class_names, asked, NUM, rounds=PER_PROMPT)
+    chosen, away, num = list(wanted.labels), wanted.negative, wanted.num
+    folder = check_folder(out, num, batch_size, seed)
+    encoder = open_encoder(found, text_encoder) if wanted.prompts else None
     how = {"source": str(found), "weights": weights, "dtype": found.config.model.dtype, "seed": seed}
     how |= {"labels": chosen, "negative": away, "image_size": size, **dataclasses.asdict(settings)}
+    how |= {} if encoder is None else {"text_encoder_digest": encoder.weights.digest}
     done = _kept(folder, out, how, overwrite)
     done, there = done[done < num], int((done < num).sum())
     print(f"{found}: {weights} weights, computing in {how['dtype']}{_assumed(found, 'dtype')}.")
@@ -107,9 +118,11 @@ def generate_to_folder(
     kept = f", of which {there:,} are there already" if there else ""
     most = tqdm.format_sizeof(3 * num * size[0] * size[1], "B")
     print(f"{num:,} images of {size[0]}×{size[1]} pixels{told}, at most {most}{kept}.", flush=True)
+    for line in [] if encoder is None else warnings_of(found, encoder, wanted.labels):
+        print(line, flush=True)
 
     params = found.read(weights)
-    images = generate(model, params, chosen, seed, size, batch_size, settings, _missing(num, done), away)
+    images = generate(model, params, chosen, seed, size, batch_size, settings, _missing(num, done), away, encoder)
     progress, shown = jobs.Progress(num, "image", there), {}
     waiting: collections.deque[concurrent.futures.Future] = collections.deque()
     try:
@@ -134,7 +147,9 @@ def generate_to_folder(
     save_png(_grid_by_label(np.stack(first), len(chosen)), folder / "grid.png")
     more = ""
     if trajectory:
-        frames = _film(model, params, min(num, GIF_IMAGES), chosen, away, seed, size, batch_size, settings, trajectory)
+        conditions = make_conditions(model, chosen, away, encoder)
+        batches = noise_batches(range(min(num, GIF_IMAGES)), seed, size, batch_size)
+        frames = _film(model, params, len(chosen), conditions, batches, seed, settings, trajectory)
         with storage.writing(folder):
             save_gif(frames, folder / TRAJECTORY)
         more = f", {TRAJECTORY}"
@@ -144,32 +159,25 @@ def generate_to_folder(
 def _film(
     model: nn.Module,
     params: Any,
-    number: int,
-    labels: list[int | str],
-    negative: int | str | None,
+    labels: int,
+    conditions: Callable[[np.ndarray], tuple[Any, Any]],
+    batches: Iterable[tuple[jax.Array, jax.Array, int]],
     seed: int,
-    size: tuple[int, int],
-    batch_size: int,
     settings: Sampling,
     trajectory: int,
 ) -> np.ndarray:
-    """How the first images come about, laid out as in grid.png: (S, H, W, 3) uint8. They are drawn once more."""
+    """How the first images come about, laid out as in grid.png: (S, H, W, 3) uint8. They are drawn once more.
+
+    `conditions` and `batches` are those of `make_conditions` and `noise_batches`; `labels`: how many there are.
+    """
     params = jax.device_put(params, meshes.replicated(meshes.local_layout().mesh))
     key, ways = jax.random.key(seed), []
-    for indices, noise, count in noise_batches(range(number), seed, size, batch_size):
-        shown = [labels[i % len(labels)] for i in np.asarray(indices)]
-        _, states = sample(
-            model,
-            params,
-            shown,
-            noise=noise,
-            keys=image_keys(key, indices),
-            negative=None if negative is None else [negative] * len(shown),
-            trajectory=trajectory,
-            settings=settings,
-        )
+    for indices, noise, count in batches:
+        asked, away = conditions(np.asarray(indices))
+        keys, way = image_keys(key, indices), {"trajectory": trajectory, "settings": settings}
+        _, states = sample(model, params, asked, noise=noise, keys=keys, negative=away, **way)
         ways.append(np.asarray(to_uint8(states))[:, :count])
-    return np.stack([_grid_by_label(images, len(labels)) for images in np.concatenate(ways, axis=1)])
+    return np.stack([_grid_by_label(images, labels) for images in np.concatenate(ways, axis=1)])
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.numpy import save_file
 
 from deco_jax.checkpoints import store
-from deco_jax.config import save_config
+from deco_jax.config import FIELDS, save_config
 from deco_jax.errors import UsageError
 from deco_jax.export.diffusers_folder import diffusers_files
 from deco_jax.models.build import network_fields
@@ -67,7 +67,9 @@ def architecture(bundle: Bundle) -> dict[str, Any]:
     """
     model = bundle.config.model
     known = IN_PYTORCH.get(model.kind, {})
-    return {field: model[field] for field in ("kind", *network_fields(model.kind)) if model[field] != known.get(field)}
+    has = {"kind", *network_fields(model.kind)}
+    fields = [name.removeprefix("model.") for name in FIELDS if name.removeprefix("model.") in has]
+    return {field: model[field] for field in fields if model[field] != known.get(field)}
 
 
 def write_folder(bundle: Bundle, path: pathlib.Path) -> None:

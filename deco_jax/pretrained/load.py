@@ -108,6 +108,11 @@ class Pretrained:
         return tuple(by_id.get(name, name) for name in known) or lines
 
     @property
+    def text_digest(self) -> str | None:
+        """The hash of the text encoder that it learned from; None where nobody says."""
+        return None if self.checkpoint is None else store.frozen_digests(store.read_meta(*self.checkpoint)).get("text")
+
+    @property
     def fingerprint(self) -> str:
         """Tells other weights in the same place apart without reading them all: 16 hexadecimal digits.
 

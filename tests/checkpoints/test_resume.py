@@ -22,6 +22,7 @@ SAFE = (
     "sample.",
     "mesh.",
     "teacher.",
+    "text.",
     "data.workers",
     "data.threads",
     "data.path",

@@ -6,11 +6,11 @@ import time
 import jax
 
 from deco_jax import cli
-from deco_jax.generation import shards
+from deco_jax.generation import packing, plan, shards
 
 jax.config.update("jax_disable_most_optimizations", True)
 SECONDS = float(os.environ.get("DECO_TEST_SECONDS", "0"))
-shards.SHARD_IMAGES, generate, read_shards, remove = 8, shards.generate, shards._read_shards, shards._remove
+plan.SHARD_IMAGES, generate, read_shards, remove = 8, shards.generate, packing.read_shards, packing.remove
 
 
 def each_slowly(items, every):
@@ -26,7 +26,7 @@ def remove_slowly(path):
 
 
 shards.generate = lambda *arguments: each_slowly(generate(*arguments), 4)
-shards._read_shards = lambda *arguments: each_slowly(read_shards(*arguments), 1)
-shards._remove = remove_slowly
+packing.read_shards = lambda *arguments: each_slowly(read_shards(*arguments), 1)
+packing.remove = remove_slowly
 if __name__ == "__main__":
     cli.main()

@@ -91,7 +91,7 @@ def test_a_bucket_gets_the_same_file(bucket, tmp_path):
 MEMORY = """
 import pathlib, re, sys, types
 import numpy as np
-from deco_jax.generation import shards
+from deco_jax.generation import packing
 from deco_jax.generation.npz import Parts, write_npz
 
 def memory(name):
@@ -100,11 +100,11 @@ def memory(name):
 folder = pathlib.Path(sys.argv[1])
 plan = types.SimpleNamespace(shards=20, numbers=lambda k: range(1000), shape=lambda rows: (rows, 64, 64, 3))
 for k in range(plan.shards):
-    np.save(shards._shard(folder, k), np.full(plan.shape(1000), k, np.uint8))
+    np.save(packing.shard_file(folder, k), np.full(plan.shape(1000), k, np.uint8))
 job = types.SimpleNamespace(folder=folder, stop=types.SimpleNamespace(check=lambda: None), check=lambda: None)
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
 before = memory("VmRSS")
-write_npz(folder / "a.npz", {"arr_0": Parts((20_000, 64, 64, 3), "uint8", shards._read_shards(job, plan))})
+write_npz(folder / "a.npz", {"arr_0": Parts((20_000, 64, 64, 3), "uint8", packing.read_shards(job, plan))})
 print(memory("VmHWM") - before)
 """
 

@@ -20,8 +20,8 @@ from deco_jax import cli, storage
 from deco_jax.conditions import ClassLabels
 from deco_jax.diffusion.flow import to_uint8
 from deco_jax.errors import UsageError
-from deco_jax.generation import shards
-from deco_jax.generation.requests import read_requests
+from deco_jax.generation import packing, pictures, plan, shards
+from deco_jax.generation.requests import Asked, read_requests
 from deco_jax.generation.shards import generate_samples
 from deco_jax.pretrained.load import Pretrained, load_pretrained
 from deco_jax.sampling.sample import sample
@@ -35,7 +35,7 @@ SMALL = {"image_size": "8", "steps": 2, "batch_size": 8, "dtype": "float32"}
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     """Eight images each, a batch of eight devices."""
-    monkeypatch.setattr(shards, "SHARD_IMAGES", 8)
+    monkeypatch.setattr(plan, "SHARD_IMAGES", 8)
 
 
 def draw(out, num=20, **changes):
@@ -58,7 +58,7 @@ def whole(tmp_path_factory):
     """20 images of an undisturbed start; no test changes them."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "SHARD_IMAGES", 8)
+        patch.setattr(plan, "SHARD_IMAGES", 8)
         draw(folder, png=True)
     return folder
 
@@ -102,11 +102,11 @@ class Cut(BaseException):
     """The process is killed."""
 
 
-@pytest.mark.parametrize("where", ["generate", "save", "_read_shards", "_remove", "write_npz"])
+@pytest.mark.parametrize("where", ["generate", "save", "read_shards", "remove", "write_npz"])
 def test_a_cut_at_any_step_is_made_good(whole, tmp_path, monkeypatch, where):
     """After some calls of each of these; drafts, as kills leave them, are beside."""
     with monkeypatch.context() as patch:
-        module = shards.pictures if where == "save" else shards
+        module = {"generate": shards, "save": pictures}.get(where, packing)
         function = getattr(module, where)
 
         def cut_call(*arguments, **options):
@@ -119,7 +119,7 @@ def test_a_cut_at_any_step_is_made_good(whole, tmp_path, monkeypatch, where):
             raise Cut
 
         calls = itertools.count(int(where == "write_npz"))
-        patch.setattr(module, where, cut_iterator if where in ("generate", "_read_shards") else cut_call)
+        patch.setattr(module, where, cut_iterator if where in ("generate", "read_shards") else cut_call)
         with pytest.raises(Cut):
             draw(tmp_path, png=True)
     for name in (".samples-00001.npy.abc", ".samples.npz.abc", "png/.00003.png.abc"):
@@ -137,20 +137,21 @@ def test_pictures_may_be_asked_for_later(whole, tmp_path):
     assert files_of(tmp_path) == files_of(whole)
 
 
-@pytest.mark.parametrize("after", ["_write_shard", "_read_shards"])
+@pytest.mark.parametrize("after", ["_write_shard", "read_shards"])
 def test_a_signal_ends_it_in_order(whole, tmp_path, monkeypatch, capsys, after):
     """While images are drawn, and while they are packed."""
     with monkeypatch.context() as patch:
-        function = getattr(shards, after)
+        module = shards if after == "_write_shard" else packing
+        function = getattr(module, after)
 
         def stopping(job, *arguments):
             for k, item in enumerate(function(job, *arguments)):
                 job.stop.by = "SIGTERM" if k or after == "_write_shard" else ""
                 yield item
 
-        patch.setattr(shards, after, stopping)
+        patch.setattr(module, after, stopping)
         assert draw(tmp_path) is None
-    said = {"_write_shard": "2 shards are missing", "_read_shards": "samples.npz is not made yet, all images are there"}
+    said = {"_write_shard": "2 shards are missing", "read_shards": "samples.npz is not made yet, all images are there"}
     out = capsys.readouterr().out
     assert "Stopped by SIGTERM; " in out and said[after] in out and "The same command goes on from there." in out
     assert not (tmp_path / "samples.npz").exists() and not list(tmp_path.glob(".samples*"))
@@ -159,13 +160,13 @@ def test_a_signal_ends_it_in_order(whole, tmp_path, monkeypatch, capsys, after):
 
 
 def test_a_signal_while_a_bucket_is_packed_is_no_error(bucket, monkeypatch, capsys):
-    out, read = storage.to_path(f"{bucket.url}/packed"), shards._read_shards
+    out, read = storage.to_path(f"{bucket.url}/packed"), packing.read_shards
 
     def stopping(job, plan):
         job.stop.by = "SIGTERM"
         return read(job, plan)
 
-    monkeypatch.setattr(shards, "_read_shards", stopping)
+    monkeypatch.setattr(packing, "read_shards", stopping)
     assert draw(out) is None
     assert "samples.npz is not made yet, all images are there" in capsys.readouterr().out
 
@@ -187,7 +188,7 @@ def test_a_part_that_finds_samples_made_by_another_is_content(whole, tmp_path, m
         (tmp_path / "samples.npz").write_bytes((whole / "samples.npz").read_bytes())
         raise FileNotFoundError(path)
 
-    monkeypatch.setattr(shards, "write_npz", too_late)
+    monkeypatch.setattr(packing, "write_npz", too_late)
     assert draw(tmp_path, part="0/1", png=True) == tmp_path / "samples.npz"
     assert files_of(tmp_path) == files_of(whole)
 
@@ -258,15 +259,15 @@ def test_an_image_that_is_not_finite_is_named(tmp_path, monkeypatch):
 def test_labels_from_a_file_and_balanced_ones(tmp_path):
     condition, file = ClassLabels(10), tmp_path / "labels.txt"
     file.write_text("3\n3\nnull\n0\n\n")
-    wanted = read_requests(condition, (), None, None, "all", str(file), "2")
+    wanted = read_requests(condition, (), Asked(label_file=str(file), negative="2"))
     assert (wanted.num, wanted.shown, wanted.negative) == (4, [3, 3, "null", 0], 2)
-    assert read_requests(condition, (), 2, None, "all", str(file), None).shown == [3, 3]
-    wanted = read_requests(condition, (), None, 3, "0-4,7", None, None)
+    assert read_requests(condition, (), Asked(2, label_file=str(file))).shown == [3, 3]
+    wanted = read_requests(condition, (), Asked(per_class=3, labels="0-4,7"))
     assert (wanted.num, str(wanted), wanted.balance) == (18, "0-4,7", "3 of each of 6 labels")
-    assert read_requests(condition, (), None, None, "all", None, None).num == 50_000
-    uneven = read_requests(condition, (), 25, None, "all", None, None)
+    assert read_requests(condition, (), Asked()).num == 50_000
+    uneven = read_requests(condition, (), Asked(25))
     assert uneven.balance == "unbalanced: of 10 labels the first 5 have 3 each, the others 2"
-    many = read_requests(ClassLabels(1000), (), 1000, None, ",".join(map(str, range(0, 1000, 2))), None, None)
+    many = read_requests(ClassLabels(1000), (), Asked(1000, labels=",".join(map(str, range(0, 1000, 2)))))
     assert str(many).startswith("500 labels, sha256 ")
     for num, per_class, text, message in (
         (5, None, "1\n2", "has 2 lines; --num=5 images need as many"),
@@ -277,11 +278,11 @@ def test_labels_from_a_file_and_balanced_ones(tmp_path):
     ):
         file.write_text(text)
         with pytest.raises(UsageError, match=message):
-            read_requests(condition, (), num, per_class, "all", str(file), None)
+            read_requests(condition, (), Asked(num, per_class=per_class, label_file=str(file)))
     with pytest.raises(UsageError, match=r"none\.txt cannot be read"):
-        read_requests(condition, (), None, None, "all", str(tmp_path / "none.txt"), None)
+        read_requests(condition, (), Asked(label_file=str(tmp_path / "none.txt")))
     with pytest.raises(UsageError, match="--per-class=0 must be at least 1"):
-        read_requests(condition, (), None, 0, "all", None, None)
+        read_requests(condition, (), Asked(per_class=0))
 
 
 def test_progress_counts_and_the_summary_says_what_is_drawn(tmp_path, capsys):
