@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from deco_jax.config import load_config
 from deco_jax.encoders.teacher import default_teacher
-from deco_jax.encoders.text import default_text_encoder
+from deco_jax.encoders.text import default_text_encoder, stored_text
 from deco_jax.errors import UsageError
 from deco_jax.models.deco import TextDeCo
 from deco_jax.models.flops import forward_flops
@@ -136,7 +136,7 @@ class Program:
         live = config.loss.alignment_weight and not config.teacher.stored and not sampler
         frozen = [default_teacher(config)] if live else []
         if config.model.kind == "deco_text" and not sampler:
-            frozen.append(default_text_encoder(config))
+            frozen.append(stored_text(config) if config.text.stored else default_text_encoder(config))
         self.train_step: TrainStep = make_train_step(config, frozen)
 
     @functools.cached_property
@@ -161,6 +161,9 @@ class Program:
             keys = batched((), jax.random.key(0).dtype)
             return {"ema": self.state.ema, "batch": (batched((side, side, 3), jnp.float32), keys, wanted, wanted)}
         batch = {"image": batched((side, side, 3), jnp.uint8), **fields}
+        if config.model.kind == "deco_text" and config.text.stored:
+            del batch["tokens"]
+            batch["text"] = batched((config.model.text_tokens, config.model.text_features), jnp.bfloat16)
         if config.loss.alignment_weight and "teacher" not in {frozen.name for frozen in self.train_step.frozen}:
             tokens = (side // config.model.patch_size) ** 2
             batch["features"] = batched((tokens, config.loss.alignment_features), jnp.float16)

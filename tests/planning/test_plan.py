@@ -361,3 +361,22 @@ class TestForGpus:
         code, report = deco_plan(f"--topology={gpu}:2", "--sample", "--config.sample.steps=1")
         assert code == 0 and report["fits"] and report["devices"] == 2
         assert report["collectives"] == {}, "every GPU draws its own images"
+
+
+def test_what_a_network_of_text_holds_beside_itself():
+    """The published Qwen3-0.6B, in bfloat16; or the states that it would give, as `text.stored` has them."""
+    text = ["model.kind=deco_text", "model.dtype=bfloat16", "model.text_depth=1", "model.text_features=1024"]
+
+    def held(stored):
+        settings = [*text, "model.text_tokens=8", f"text.stored={stored}"]
+        config, place = load_config(CONFIG, [*TINY, *(f"--config.{s}" for s in settings)]), parse_topology("cpu:1")
+        layout = meshes.make_layout(config.mesh, jax.devices()[:1])
+        arguments = plan.Program(config, layout, place, False).arguments
+        return {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for name, tree in arguments.items()}
+
+    live, stored = held(""), held("anywhere")
+    qwen3 = 151_936 * 1024 + 28 * (1024 * 128 * (16 + 8 + 8 + 16) + 3 * 1024 * 3072)  # table, attention, MLPs
+    assert live["text"] == pytest.approx(2 * qwen3, rel=1e-3)
+    assert stored["text"] == 4 * 8 * 1024, "the empty prompt's states, fp32"
+    more = stored["batch"] - live["batch"]
+    assert more == 16 * 8 * (2 * 1024 - 4), "bfloat16 states of 16 prompts in place of int32 tokens"
