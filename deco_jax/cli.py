@@ -197,17 +197,18 @@ def _add_sampler(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_prepare(commands: Any) -> None:
-    text = "Compute and store what never changes about the images: their crops, or the teacher's features of them."
+    text = "Compute and store what never changes: images' crops, a teacher's features of them, states of captions."
     parser = _add_command(commands, "prepare", _prepare, "", text)
     _add_config(parser, "--config.data.path=DIR")
     what = parser.add_mutually_exclusive_group(required=True)
     for name, function, text in (
         ("--images", IMAGES, "crop all images; to train from them: --config.data.source=prepared"),
         ("--teacher", "deco_jax.preparation.teacher:prepare_teacher", "prepare its features"),
+        ("--text", "deco_jax.preparation.text:prepare_text", "prepare the text encoder's states of all captions"),
     ):
         what.add_argument(name, dest="function", action="store_const", const=function, help=text)
     parser.add_argument("--out", required=True, metavar="DIR", help="gets them; continued if it holds some")
-    text = "images at a time: of each process for --teacher, of each worker for --images (default: 64)"
+    text = "at a time: images or captions of each process; for --images, of each worker (default: 64)"
     parser.add_argument("--batch-size", type=int, default=64, help=text)
     text = "of --images: compare files that are there with their checksums, and make damaged ones anew"
     parser.add_argument("--verify", action="store_true", help=text)
@@ -291,7 +292,12 @@ def _add_evaluate(commands: Any) -> None:
     more = {"action": "append", "default": [], "metavar": "FIELD=A,B,…"}
     text = "evaluates for every value, and every combination if repeated: guidance=1,2,3.2 guidance_interval=0:1,0.1:1"
     parser.add_argument("--sweep", **more, help=text)
-    parser.add_argument("--num", type=int, metavar="N", help="images to generate (default: 50000), or to look at (all)")
+    parser.add_argument(
+        "--num",
+        type=int,
+        metavar="N",
+        help="images to generate (default: 50000, or one of each prompt), or to look at (all)",
+    )
     _add_labels(parser)
     _add_prompts_file(parser)
     _add_generation(parser)
@@ -325,6 +331,23 @@ def _add_report(commands: Any) -> None:
     parser = _add_command(commands, "report", _call, "deco_jax.reports.report:write_report", text)
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of `deco train`; several are put side by side")
     parser.add_argument("--out", metavar="FILE.html", help="(default: report.html in the first WORKDIR)")
+
+
+def _add_demo(commands: Any) -> None:
+    text = "Serve a page on which people draw images with a trained network in their browser."
+    parser = _add_command(commands, "demo", _call, "deco_jax.demo.page:serve", text)
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE)
+    parser.add_argument("--weights", choices=("ema", "online"), default="ema", help="default: ema")
+    text = "of matrix products (default: as it was trained)"
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help=text)
+    text = "of a network that is told text (default: the one of its run)"
+    parser.add_argument("--text-encoder", metavar="NAME", help=text)
+    text = "address to serve; 0.0.0.0 lets others in (default: 127.0.0.1, this machine alone)"
+    parser.add_argument("--host", default="127.0.0.1", help=text)
+    parser.add_argument("--port", type=int, default=7860, help="0 = any that is free (default: 7860)")
+    parser.add_argument("--max-images", type=int, default=4, help="of one drawing (default: 4)")
+    parser.add_argument("--max-side", type=int, default=1024, help="pixels of height and width (default: 1024)")
+    parser.add_argument("--queue", type=int, default=16, help="drawings that may wait for their turn (default: 16)")
 
 
 def _add_spectra(commands: Any) -> None:
@@ -381,6 +404,7 @@ COMMANDS = (
     _add_evaluate,
     _add_stats,
     _add_report,
+    _add_demo,
     _add_spectra,
     _add_plan,
     _add_convert,

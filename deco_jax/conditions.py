@@ -211,6 +211,8 @@ class Text:
         Raises:
           UsageError: prompts without an encoder, or states of another shape.
         """
+        if isinstance(requests, str):
+            raise UsageError(f"prompts are a list, as [{requests[:40]!r}]; a text alone would be one per letter.")
         if not hasattr(requests, "ndim") and any(isinstance(request, str) for request in requests):
             if encoder is None:
                 raise UsageError("prompts need their encoder: sample(…, encoder=deco_jax.load_text_encoder(NAME)).")

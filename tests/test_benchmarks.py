@@ -12,7 +12,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from deco_jax.data.transforms import center_crop
+from deco_jax.data.transforms import square_crop
 from deco_jax.evaluation.stats import compute_stats
 from tests.helpers import GOLDEN
 
@@ -83,7 +83,7 @@ def test_pytorchs_side_reads_what_the_folder_holds(input_modules, tmp_path):
     for number, path in enumerate(photos):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data.photo(number))
-    expected = [center_crop(Image.open(photos[number]), 64) for number in (0, 3, 1, 4, 2, 5)]
+    expected = [square_crop(Image.open(photos[number]), 64) for number in (0, 3, 1, 4, 2, 5)]
     writer = ArrayRecordWriter(str(tmp_path / "images-00000.array_record"), "group_size:1,zstd:1")
     for label, pixels_SxSx3 in zip((0, 0, 1, 1, 2, 2), expected, strict=True):
         differences = np.diff(pixels_SxSx3, axis=1, prepend=np.zeros((64, 1, 3), np.uint8))

@@ -74,6 +74,7 @@ def start(*args):
         "sample --workdir=D --out=D",
         "sample --checkpoint=P --out=D",
         "spectra --checkpoint=P --out=D",
+        "demo P",
         "plan --config=F --topology=T",
         "convert SRC DST",
     ],

@@ -82,12 +82,16 @@ MODULES = {
 }
 OPTIONAL = {
     "diffusers",
+    "fastapi",
+    "gradio",
     "jinja2",
     "matplotlib",
     "plotly",
     "pyarrow",
     "tokenizers",
     "torch",
+    "transformers",
+    "uvicorn",
 }  # in pyproject.toml's extras
 
 

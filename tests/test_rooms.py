@@ -20,7 +20,7 @@ FLOORS = [
     ("pretrained",),
     ("preparation", "training"),
     ("generation", "planning", "porting"),
-    ("evaluation", "reports"),
+    ("demo", "evaluation", "reports"),
     ("cli",),
     ("__init__", "__main__"),
 ]

@@ -4,11 +4,13 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from deco_jax.config.fields import FIELDS, flatten
+from deco_jax.data.tokens import check_prompt
 from deco_jax.encoders.teacher import check_grids
 from deco_jax.errors import UsageError
 from deco_jax.models.build import KINDS, Network, network_fields
 from deco_jax.parallel.mesh import axis_sizes
 from deco_jax.sampling.settings import Sampling
+from deco_jax.weights.tensors import naming
 
 
 def check_config(config: ConfigDict) -> None:
@@ -20,6 +22,12 @@ def check_config(config: ConfigDict) -> None:
     Sampling.from_config(config.sample)
     model, size, p = config.model, config.data.image_size, config.model.patch_size
     build_model(model)
+    if model.kind == "deco_text":
+        if not config.sample.prompts:
+            raise UsageError("sample.prompts=() must name at least one prompt, for the rows of sample grids.")
+        for prompt in config.sample.prompts:
+            with naming("sample.prompts"):
+                check_prompt(prompt)
     tensor = axis_sizes(config.mesh)["tensor"]
     if tensor > 0 and model.heads % tensor:
         raise UsageError(f"mesh.tensor={tensor} must divide model.heads={model.heads}.")

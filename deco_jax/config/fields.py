@@ -92,9 +92,9 @@ FIELDS: dict[str, Field] = {
                          "the cores there are", low=0),
     "data.max_bad_records": free(100, "unreadable images that are skipped before the run stops", low=0),
     "data.max_bad_share": free(0.1, "the same as a share of all images; the lower limit holds", low=0, high=1),
-    "data.min_side": Field(0, "pixels of an image's short side; smaller ones count as unreadable", low=0),
-    "data.crop": Field("centre", "of the square: centre (ADM's); at random it would depend on the epoch, which a "
-                       "source does not know", choices=("centre",)),
+    "data.min_side": Field(0, "pixels of an image's short side; smaller ones are skipped", low=0),
+    "data.crop": Field("centre", "of the square along the long side: centre (ADM's), or random, anew in each epoch",
+                       choices=("centre", "random")),
     # Of captioned images: captions, webdataset and parquet.
     "data.caption_field": Field("caption", "JSON's field, or the column, that holds captions"),
     "data.caption_prefix": Field("", "put before captions of fewer words than data.short_caption"),
@@ -129,6 +129,7 @@ FIELDS: dict[str, Field] = {
     "text.encoder": free("Qwen/Qwen3-1.7B", "Qwen3: a folder, or a name (downloaded if that); minilm: a small one "
                          "from PyPI, for trials"),
     "text.cache": free("~/.cache/deco_jax", "folder where the name of the encoder is looked up, and where it goes"),
+    "text.stored": free("", 'folder of states that `deco prepare --text` wrote; "" = computed in every step'),
 
     # AdamW.
     "optimizer.lr": free(1e-4, "learning rate", low=0),

@@ -63,10 +63,10 @@ class CaptionFolder:
     def __len__(self) -> int:
         return len(self.index)
 
-    def load(self, index: int) -> Record:
+    def load(self, index: int, offset: float | None = None) -> Record:
         """See `Source`."""
         caption = self.caption(index)
-        return {"image": self.decoder(read_bytes(self.describe(index))), "caption": caption}
+        return {"image": self.decoder(read_bytes(self.describe(index)), offset), "caption": caption}
 
     def caption(self, index: int) -> str:
         """Of a record; raises as `load` does."""
@@ -153,10 +153,10 @@ def _lines(
             continue
         try:
             values = json.loads(line.decode("utf-8-sig"))
-            text, name = find_field(values, wording.field, TEXT), find_field(values, "file_name")
+            text, name = find_field(values, wording.field, TEXT), values.get("file_name")
             if not (isinstance(text, str | None) and isinstance(name, str)):
-                raise ValueError("its name and its caption must be text")
-        except ValueError as error:
+                raise ValueError('its name and its caption must be text, {"file_name": …, "text": …}')
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}: line {number} is not understood ({error}).") from error
         name = name.removeprefix("./")
         if name in found:

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import ExifTags, Image, ImageColor
 
-from deco_jax.data.transforms import center_crop
+from deco_jax.data.transforms import square_crop
 from deco_jax.errors import UsageError
 
 # Many files have small faults in what they say beside the image; each worker would tell of each.
@@ -73,6 +73,10 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
     return image.convert("RGB")
 
 
+class TooSmall(ValueError):
+    """An image has fewer pixels along its short side than data.min_side asks for; nothing is wrong with it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Decoder:
     """From the bytes of a file to the square that is trained on."""
@@ -100,16 +104,32 @@ class Decoder:
             )
         return cls(config.image_size, config.orient, config.background, config.min_side)
 
-    def __call__(self, content: bytes) -> np.ndarray:
-        """(size, size, 3) uint8; raises as `decode` does, and ValueError if the image is too small."""
-        return center_crop(self._large(decode(content, self.orient, self.background)), self.size)  # keeps no image
+    def __call__(self, content: bytes, offset: float | None = None) -> np.ndarray:
+        """(size, size, 3) uint8; raises as `decode` does, and TooSmall.
+
+        Args:
+          content: of the file.
+          offset: of the square, see `square_crop`.
+        """
+        return square_crop(  # keeps no image
+            self._large(decode(content, self.orient, self.background)), self.size, offset
+        )
 
     def _large(self, image: Image.Image) -> Image.Image:
         if min(image.size) < self.min_side:
-            raise ValueError(f"{image.width}×{image.height} pixels; data.min_side={self.min_side} asks for more")
+            raise TooSmall(f"{image.width}×{image.height} pixels; data.min_side={self.min_side} asks for more")
         return image
 
     def __str__(self) -> str:
         """In words, what is done that upstream's loader does not do; "" if nothing."""
         turned = ["turned by EXIF"] if self.orient else []
         return ", ".join([*turned, f"transparency on {self.background}"] if self.background else turned)
+
+
+def check_centred(crop: str, name: str) -> None:
+    """Raises UsageError if `crop`, which is data.crop, is not the centre; `name`: what holds one crop of each image."""
+    if crop != "centre":
+        raise UsageError(
+            f"data.crop={crop!r} cuts another square out of each image in every epoch, and {name} is of one of each; "
+            "set data.crop='centre', or do without it."
+        )

@@ -41,7 +41,7 @@ class Digits:
     def __len__(self) -> int:
         return len(self.labels_K)
 
-    def load(self, index: int) -> Record:
+    def load(self, index: int, offset: float | None = None) -> Record:
         """See `Source`."""
         image = np.repeat(self.images_KxHxW[index][..., None], 3, axis=-1)
         return {"image": image, "label": self.labels_K[index]}

@@ -50,9 +50,9 @@ class Folder:
     def __len__(self) -> int:
         return len(self.index)
 
-    def load(self, index: int) -> Record:
+    def load(self, index: int, offset: float | None = None) -> Record:
         """See `Source`."""
-        return {"image": self.decoder(read_bytes(self.describe(index))), "label": self.index.labels_K[index]}
+        return {"image": self.decoder(read_bytes(self.describe(index)), offset), "label": self.index.labels_K[index]}
 
     def describe(self, index: int) -> str:
         """See `Source`."""

@@ -90,7 +90,7 @@ class Parquet:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def load(self, index: int) -> Record:
+    def load(self, index: int, offset: float | None = None) -> Record:
         """See `Source`."""
         images, captions, row = self._row(index)
         content = images[row].as_py()
@@ -98,7 +98,7 @@ class Parquet:
             content = content[BYTES]
         if content is None:
             raise ValueError("it has no image")
-        return {"image": self.decoder(content), "caption": self.wording(captions[row].as_py())}
+        return {"image": self.decoder(content, offset), "caption": self.wording(captions[row].as_py())}
 
     def caption(self, index: int) -> str:
         """Of a record; raises as `load` does."""

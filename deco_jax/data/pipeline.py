@@ -26,8 +26,10 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from deco_jax.conditions import Captions
+from deco_jax.data.decode import TooSmall
 from deco_jax.data.features import StoredFeatures
 from deco_jax.data.records import Source
+from deco_jax.data.states import StoredStates
 from deco_jax.data.tokens import Tokenizer
 from deco_jax.errors import TransientError, UsageError
 
@@ -104,15 +106,18 @@ class LoadShare(grain.transforms.Map):
     limit: BadLimit
     threads: Threads
     tokenizer: Tokenizer | None = None  # of captions
+    states: StoredStates | None = None  # of captions, which then are not tokenized
+    crop_seed: int | None = None  # of random crops; None = the centre
     ended: list[Exception] = dataclasses.field(default_factory=list)  # not empty: why nobody waits for further batches
 
     def map(self, number: int) -> Batch:
         """Of each of the R rows what `batches` yields."""
         first, batch, lock = int(number) * self.batch_size, {}, threading.Lock()
-        records = [int(self.order[first + row]) for row in self.rows.tolist()]
+        places = [first + row for row in self.rows.tolist()]
+        records = [int(self.order[place]) for place in places]
 
         def load(row: int) -> None:
-            loaded = self._load(records[row])
+            loaded = self._load(records[row], places[row])
             with lock:  # the first one to come tells the shapes
                 if not batch:
                     batch.update({key: np.empty((len(records), *np.shape(x)), x.dtype) for key, x in loaded.items()})
@@ -122,27 +127,46 @@ class LoadShare(grain.transforms.Map):
         self.threads.each(load, len(records))
         return batch
 
-    def _load(self, index: int) -> Batch:
-        """A record, bad being −1; if it cannot be read, the next one that can, and the number of the bad one."""
-        tries = min(self.limit.records + 1, len(self.source))
-        for offset in range(tries):
+    def _load(self, index: int, place: int) -> Batch:
+        """A record, or the next one that can be read and is large enough; `bad` as `batches` says."""
+        offset = None if self.crop_seed is None else crop_offset(self.crop_seed, place)
+        unreadable, small = [], 0
+        for skipped in range(len(self.source)):
             if self.ended:
                 raise self.ended[0]
-            record = (index + offset) % len(self.source)
+            record = (index + skipped) % len(self.source)
             try:
-                row = {**self.source.load(record), "bad": np.int32(-1 if offset == 0 else index)}
-                if self.tokenizer is not None:
+                bad = unreadable[0] if unreadable else -1 - small
+                row = {**self.source.load(record, offset), "bad": np.int32(bad)}
+                if self.states is not None:
+                    row["text"] = self.states[record]
+                    del row[Captions.name]
+                elif self.tokenizer is not None:
                     row["tokens"] = self.tokenizer.encode(row.pop(Captions.name))
                 return row if self.features is None else row | {"features": self.features[record]}
             except (TransientError, UsageError, MemoryError) as error:  # say nothing about the record
                 self.ended.append(error)  # other threads, which are joined, would try for minutes as well
                 raise
+            except TooSmall as error:
+                small, reason = small + 1, error
             except Exception as error:  # whatever a decoder throws at a broken file
-                reason = error
+                unreadable, reason = [*unreadable, record], error
+                if len(unreadable) > self.limit.records:
+                    break
+        what = f"cannot be read, or are too small ({small})" if small else "cannot be read"
         raise UsageError(
-            f"All {tries} records from {self.source.describe(index)} on cannot be read ({reason}); "
+            f"All {len(unreadable) + small} records from {self.source.describe(index)} on {what} ({reason}); "
             f"{self.limit.setting}."
         )
+
+
+def crop_offset(seed: int, place: int) -> float:
+    """Where the square of the record at this place in the epochs lies: uniform, from 0 to below 1.
+
+    A function of both numbers alone, so that neither resuming nor the number of workers and processes changes a crop.
+    """
+    bits = np.random.Philox(key=np.array([seed, place], np.uint64)).random_raw()
+    return (bits >> 11) * 2.0**-53
 
 
 class BadRecords:
@@ -158,11 +182,17 @@ class BadRecords:
           log: whether others are named in the log.
         """
         self.source, self.limit, self.log = source, BadLimit.from_config(config, source), log
-        self.seen = set(seen)
+        self.seen, self.small, self.min_side = set(seen), 0, config.min_side
         self.last = source.describe(max(self.seen)) if self.seen else ""
 
     def check(self, bad_B: np.ndarray) -> None:
-        """Takes note of a batch's bad records, −1 being none; raises UsageError once there are more than the limit."""
+        """Takes note of a batch's bad records, as `batches` says; raises UsageError once there are more than the limit.
+
+        Of images that are too small only the number of times is logged, whenever it has doubled.
+        """
+        before, self.small = self.small, self.small + int((-1 - bad_B[bad_B < -1]).sum())
+        if self.log and before.bit_length() < self.small.bit_length():
+            logging.warning("Images smaller than data.min_side=%d skipped so far: %d.", self.min_side, self.small)
         for index in sorted(set(bad_B[bad_B >= 0].tolist()) - self.seen):
             self.seen.add(index)
             self.last = self.source.describe(index)
@@ -189,30 +219,35 @@ def batches(
     rows: np.ndarray | None = None,
     features: StoredFeatures | None = None,
     tokenizer: Tokenizer | None = None,
+    states: StoredStates | None = None,
 ) -> Iterator[Batch]:
     """This process's rows of the global batches from number `start` on, without end.
 
     Args:
       config: the `data` part of a configuration.
-      seed: of the shuffles.
+      seed: of the shuffles, and of random crops.
       source: the records.
       start: the first batch's number.
       rows: which R of a batch's B rows to read; None = all.
       features: a teacher's, of the same records; one without counts as unreadable.
       tokenizer: of the captions, for sources that have them.
+      states: a text encoder's, of the same records' captions; one without counts as unreadable.
 
     Raises:
       UsageError: more records in a row than allowed cannot be read.
       TransientError: the storage still fails after a while; nothing was counted, and no batch was changed.
 
     Yields:
-      image (R, H, W, 3) uint8, the fields of the source's condition (R, …), bad (R,) int32 (see
-      `BadRecords`; −1 = a good record), and of stored features those of the records: features (R, N, F) float16.
+      image (R, H, W, 3) uint8, the fields of the source's condition (R, …), bad (R,) int32 (−1: the
+      record is good; −1 − n: it stands in for n that are too small; else the number of one that cannot be read, for
+      which it stands in), and of what is stored that of the records: features (R, N, F) float16, and in
+      place of tokens (R, L) int32 the states text (R, L, E) bfloat16.
     """
     rows = np.arange(config.batch_size) if rows is None else rows
     limit, threads = BadLimit.from_config(config, source), Threads.from_config(config)
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle()  # places beyond its end are of later epochs
-    load = LoadShare(source, features, order, config.batch_size, rows, limit, threads, tokenizer)
+    crop_seed = seed if config.crop == "random" else None
+    load = LoadShare(source, features, order, config.batch_size, rows, limit, threads, tokenizer, states, crop_seed)
     numbers = grain.MapDataset.range(start, sys.maxsize // config.batch_size)
     with contextlib.ExitStack() as closing:
         closing.callback(threads.close)
@@ -294,5 +329,6 @@ def _stop_signals_blocked() -> Iterator[None]:
 
 def fingerprint(config: ConfigDict, seed: int, source: Source) -> str:
     """A hash of what decides the global batches: names, labels and order of the records, seed and sizes."""
-    parts = (source.identity, len(source), seed, config.batch_size, config.image_size)
+    crop = () if config.crop == "centre" else (config.crop,)  # younger than the others
+    parts = (source.identity, len(source), seed, config.batch_size, config.image_size, *crop)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

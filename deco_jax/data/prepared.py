@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from deco_jax import storage
 from deco_jax.conditions import ClassLabels
+from deco_jax.data.decode import check_centred
 from deco_jax.data.reading import file_size, read_bytes
 from deco_jax.data.records import Record, first_of, images_line
 from deco_jax.errors import UsageError
@@ -231,7 +232,7 @@ class Prepared:
     def __len__(self) -> int:
         return self.manifest.contents.records
 
-    def load(self, index: int) -> Record:
+    def load(self, index: int, offset: float | None = None) -> Record:
         """See `Source`."""
         file, row = divmod(index, self.manifest.contents.records_a_file)
         record = storage.retried(f"reading {self.describe(index)}", lambda: self._read(file, row))
@@ -282,6 +283,7 @@ class Prepared:
 
 def _check_fits(where: str, contents: Contents, config: ConfigDict) -> None:
     """Raises UsageError if the images are not what a run of `config` would make of the source."""
+    check_centred(config.crop, where)
     for name, there, here in (("crop", contents.crop, CROP), ("codec", contents.codec, CODEC)):
         if there != here:
             raise UsageError(f"{where} was prepared with {name}={there!r}; this deco_jax reads {here!r}.")

@@ -26,8 +26,12 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int) -> Record:
+    def load(self, index: int, offset: float | None = None) -> Record:
         """ "image", (size, size, 3) uint8, and the condition's fields.
+
+        Args:
+          index: the record's number.
+          offset: of the square in its image, see `square_crop`; nothing where images are stored as squares.
 
         Raises:
           TransientError: the storage still fails after a while.

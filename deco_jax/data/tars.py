@@ -66,7 +66,7 @@ class Tars:
     def __len__(self) -> int:
         return len(self.index)
 
-    def load(self, index: int) -> Record:
+    def load(self, index: int, offset: float | None = None) -> Record:
         """See `Source`."""
         tar, start, size = self.index.place(index)
         path = f"{self.root}/{tar}"
@@ -76,7 +76,7 @@ class Tars:
             raise UsageError(f"{path} is not there any more.") from error
         if len(content) != size:
             raise ValueError(f"{path} ends within it")
-        return {"image": self.decoder(content), "label": self.index.labels_K[index]}
+        return {"image": self.decoder(content, offset), "label": self.index.labels_K[index]}
 
     def describe(self, index: int) -> str:
         """See `Source`."""

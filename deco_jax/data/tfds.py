@@ -52,10 +52,10 @@ class TFDS:
     def __len__(self) -> int:
         return len(self.records)
 
-    def load(self, index: int) -> Record:
+    def load(self, index: int, offset: float | None = None) -> Record:
         """See `Source`."""
         record = storage.retried(f"reading {self.describe(index)}", lambda: self._read(index))
-        return {"image": self.decoder(record["image"]), "label": np.int32(record["label"])}
+        return {"image": self.decoder(record["image"], offset), "label": np.int32(record["label"])}
 
     def _read(self, index: int) -> dict[str, Any]:
         try:

@@ -43,6 +43,8 @@ class Tokenizer:
         Raises:
           UsageError: a prompt is no text, has control characters, or more than `LONGEST` characters.
         """
+        if isinstance(prompts, str):
+            raise UsageError(f"prompts are a list, as [{prompts[:40]!r}]; a text alone would be one per letter.")
         for prompt in prompts:
             check_prompt(prompt)
         return np.array([self.encode(prompt) for prompt in prompts], np.int32).reshape(len(prompts), self.length)

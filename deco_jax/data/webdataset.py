@@ -72,7 +72,7 @@ class WebDataset:
     def __len__(self) -> int:
         return len(self.index)
 
-    def load(self, index: int) -> Record:
+    def load(self, index: int, offset: float | None = None) -> Record:
         """See `Source`."""
         tar, start, size = self.index.place(index)
         kind, caption_start, caption_size = self.index.caption(index)
@@ -83,7 +83,7 @@ class WebDataset:
             text = content[caption_start - first :][:caption_size]
         else:
             image, text = self._read(tar, start, size), self._read(tar, caption_start, caption_size)
-        return {"image": self.decoder(image), "caption": self._worded(kind, text)}
+        return {"image": self.decoder(image, offset), "caption": self._worded(kind, text)}
 
     def caption(self, index: int) -> str:
         """Of a record; raises as `load` does."""
@@ -120,7 +120,9 @@ def _check_numbering(tars: list[str], where: str) -> None:
     """Raises UsageError if shards are numbered, as 00000, and one between the first and the last is missing."""
     numbers: dict[tuple[str, int, str], list[int]] = {}
     for tar in tars:
-        if match := re.fullmatch(r"(.*?)([0-9]+)([^0-9]*)", tar):
+        if match := re.fullmatch(r"(.*?)([0-9]+)(-of-[0-9]+[^0-9]*)", tar) or re.fullmatch(
+            r"(.*?)([0-9]+)([^0-9]*)", tar
+        ):
             numbers.setdefault((match[1], len(match[2]), match[3]), []).append(int(match[2]))
     for (front, digits, end), found in numbers.items():
         missing = max(found) - min(found) + 1 - len(found)
@@ -209,7 +211,10 @@ def _look_into(part: Part, wording: Wording) -> Found:
     first, second = (texts, jsons) if wording.field == FIELD else (jsons, texts)
     empty = 0
     for key, (name, *place) in images.items():
-        if (caption := first.get(key) or second.get(key)) is None:
+        caption, other = first.get(key), second.get(key)
+        if caption is None or (not caption[2] and other is not None):
+            caption = other
+        if caption is None:
             continue
         if not caption[2]:
             empty += 1
@@ -240,7 +245,7 @@ def _check_field(part: Part, found: Found, wording: Wording) -> None:
     content = read_bytes(part.path, *found.captions[first][1:])
     try:
         find_field(json.loads(content.decode("utf-8-sig")), wording.field)
-    except (json.JSONDecodeError, UnicodeDecodeError):  # a record that cannot be read
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):  # a record that cannot be read
         return
     except ValueError as error:
         name = f"{posixpath.splitext(found.names[first])[0]}{JSON}"

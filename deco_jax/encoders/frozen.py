@@ -28,8 +28,8 @@ class Frozen:
     purpose: str  # what a run does with it, for people
     module: nn.Module
     writes: str  # the field that it adds
-    example: jax.ShapeDtypeStruct  # shape and dtype of the module's input, to tell the parameters' shapes
-    prepare: Callable[[Mapping[str, Array]], Array]  # from the batch to the module's input
+    example: Any  # shapes and dtypes of the module's input, to tell those of the parameters
+    prepare: Callable[[Mapping[str, Array]], Any]  # from the batch to the module's input
     forward_flops: Callable[[int, int], float]  # (height, width) → floating-point operations per image
 
     def __call__(self, params: Any, batch: Mapping[str, Array]) -> dict[str, Array]:

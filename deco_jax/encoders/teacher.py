@@ -111,7 +111,7 @@ def find_weights(
     for path in (given,) if storage.is_remote(weights) else (given, cached):
         if weights and _exists(path):
             return storage.local_copy(path)
-    problem = f"{field}={weights!r} is no file or folder here, nor in teacher.cache={cache}"
+    problem = f"{field}={weights!r} is no file or folder here, nor in {field.partition('.')[0]}.cache={cache}"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", weights) or given.suffix in (".pth", ".pt", ".safetensors"):
         raise UsageError(f"{problem}. {where}")
     lock = pathlib.Path(tempfile.gettempdir(), f"deco_jax_{os.getuid()}", f"{cached}".replace("/", "_"))

@@ -7,12 +7,15 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
+from deco_jax.data.states import StoredStates
 from deco_jax.data.tokens import NONE, Tokenizer
 from deco_jax.encoders.frozen import Frozen, FrozenWeights
 from deco_jax.encoders.minilm.model import MiniLM
@@ -100,19 +103,58 @@ def load_run_encoder(config: ConfigDict) -> TextEncoder:
     return _encoder(module, encoder.weights.params, encoder.tokenizer, config.text.encoder)
 
 
+class EmptyPrompt(nn.Module):
+    """Stands in for the encoder where a batch has the states already: of it all, it knows those of the empty prompt."""
+
+    tokens: int  # L
+    width: int  # E
+    dtype: jnp.dtype = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, given: tuple[Array, Array]) -> Array:
+        """States (B, L, E), and which of them (B,) are to be the empty prompt's → (B, L, E)."""
+        text_BxLxE, dropped_B = given
+        init = nn.with_logical_partitioning(nn.initializers.zeros, (None, None))
+        nothing_LxE = self.param("nothing", init, (self.tokens, self.width), jnp.float32)
+        return jnp.where(dropped_B[:, None, None], nothing_LxE.astype(self.dtype), text_BxLxE)
+
+
+def stored_text(config: ConfigDict) -> Frozen:
+    """What takes the encoder's place in the steps of a run with `text.stored`."""
+    length, width, dtype = config.model.text_tokens, config.model.text_features, jnp.dtype(ml_dtypes.bfloat16)
+    return Frozen(
+        name="text",
+        purpose=f"told the states in {config.text.stored}",
+        module=EmptyPrompt(length, width, dtype),
+        writes="text",
+        example=(jax.ShapeDtypeStruct((1, length, width), dtype), jax.ShapeDtypeStruct((1,), bool)),
+        prepare=lambda batch: (batch["text"], batch["dropped"]),
+        forward_flops=lambda height, width: 0.0,
+    )
+
+
+def stored_weights(config: ConfigDict, states: StoredStates) -> FrozenWeights:
+    """`stored_text` with its state. The hash is that of the encoder which made the states."""
+    weights = FrozenWeights.of(stored_text(config), {"nothing": states.nothing_LxE.astype(np.float32)})
+    return dataclasses.replace(weights, digest=states.digest)
+
+
 def default_text_encoder(config: ConfigDict) -> Frozen:
-    """The published Qwen3 with the run's `model.text_features`, for planning without its weights.
+    """MiniLM if the run names it, else the published Qwen3 of its `model.text_features`; without weights, for planning.
 
     Raises:
       UsageError: no published size has so many.
     """
-    features = config.model.text_features
-    sizes = next((sizes for sizes in SIZES.values() if sizes["width"] == features), None)
-    if sizes is None:
-        widths = ", ".join(f"{sizes['width']} ({name})" for name, sizes in SIZES.items())
+    features, dtype = config.model.text_features, jnp.dtype(config.model.dtype)
+    sizes = {sizes["width"]: (name, sizes) for name, sizes in SIZES.items()}
+    if config.text.encoder == "minilm" and features == MiniLM.width:
+        module = MiniLM(dtype=dtype)
+    elif features in sizes:
+        module = Qwen3(**sizes[features][1], dtype=dtype)
+    else:
+        widths = ", ".join(f"{width} ({name})" for width, (name, _) in sizes.items())
         raise UsageError(f"model.text_features={features} is no width of a published Qwen3; those are: {widths}.")
-    module = _as_the_run(Qwen3(**sizes, dtype=jnp.dtype(config.model.dtype)), config)
-    return _frozen(module, np.full(config.model.text_tokens, NONE, np.int32), config.text.encoder)
+    return _frozen(_as_the_run(module, config), np.full(config.model.text_tokens, NONE, np.int32), config.text.encoder)
 
 
 def encode_on(network: Frozen, params: Any, layout: Layout, tokens_BxL: np.ndarray) -> np.ndarray:

@@ -87,6 +87,10 @@ class Request:
         return not holds_images(self.source)
 
 
+def _asked(request: Request) -> Asked:
+    return Asked(request.num, labels=request.labels, prompts=request.prompts, text_encoder=request.text_encoder)
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """A request that was looked into."""
@@ -114,17 +118,17 @@ def look_into(request: Request, judge: Judge) -> Plan:
         changes = dict(request.sampling)
         size = parse_image_size(changes.pop("image_size", None)) or (found.config.data.image_size,) * 2
         settings = Sampling.from_config(found.config.sample, **changes)
-        names, asked = found.class_names, Asked(number, labels=request.labels, prompts=request.prompts)
+        names, asked = found.class_names, _asked(request)
         wanted = read_requests(build_model(found.config.model).condition, names, asked)
         number = wanted.num
         asked = {"source": str(found), "fingerprint": found.fingerprint}
         asked |= {"weights": request.weights, "dtype": found.config.model.dtype}
         labels = str(wanted) if wanted.prompts else request.labels or "all"
-        asked |= {"text_encoder": request.text_encoder or found.config.text.encoder} if wanted.prompts else {}
         asked |= {"seed": request.seed, "labels": labels, "image_size": list(size)}
         asked |= dataclasses.asdict(settings)
     else:
-        given = [f"--{name.replace('_', '-')}" for name, value in request.sampling.items() if value is not None]
+        of_networks = {"prompts": request.prompts, "text_encoder": request.text_encoder, **request.sampling}
+        given = [f"--{name.replace('_', '-')}" for name, value in of_networks.items() if value is not None]
         if given:
             raise UsageError(f"{', '.join(given)} is for networks; {request.source} holds images, already drawn.")
         images = open_images(request.source)
@@ -241,6 +245,7 @@ def _generate(request: Request, plan: Plan, job: Job) -> Images | None:
         labels=request.labels,
         prompts=request.prompts,
         text_encoder=request.text_encoder,
+        layout="npz",
         seed=request.seed,
         weights=request.weights,
         dtype=request.dtype,

@@ -13,6 +13,7 @@ A new network has PyTorch's default initialisation, not DeCo's; to train one fro
 import itertools
 import json
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ except ImportError as error:
     raise ImportError("the PyTorch model needs torch: pip install 'deco-jax[torch]'") from error
 
 EPSILON = 1e-6  # of every norm
+ORDERS = {"euler": 1, "adams1": 1, "adams2": 2, "adams3": 3, "adams4": 4}  # of the solvers: slopes that a step looks at
 
 
 class DeCo(nn.Module):
@@ -164,8 +166,9 @@ class DeCo(nn.Module):
         guidance: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         shift: float = 1.0,
+        solver: str = "euler",
     ) -> Tensor:
-        """Generates one image per condition, by Euler steps with classifier-free guidance.
+        """Generates one image per condition, with classifier-free guidance.
 
         Args:
           y: labels (B,) or texts (B, T, C).
@@ -177,12 +180,15 @@ class DeCo(nn.Module):
           guidance: v = v_null + guidance·(v_y − v_null); 1 is none, and half the work.
           guidance_interval: guidance acts on steps that start at t with low < t ≤ high, so never on the first.
           shift: time shift; above 1 spends more steps near noise.
+          solver: "euler", or Adams–Bashforth's of order 1 to 4: "adams1" …, for which guidance acts at low < t < high.
 
         Returns:
           (B, 3, H, W), fp32, data range [-1, 1], not clipped.
         """
         if steps < 1:
             raise ValueError(f"steps={steps} must be at least 1.")
+        if solver not in ORDERS:
+            raise ValueError(f"solver={solver!r} is not known; allowed: {', '.join(ORDERS)}.")
         y = self._checked(torch.as_tensor(y, device=self.device))
         if null is None and self.text_shape is None:
             null = torch.tensor(self.num_classes)
@@ -199,14 +205,18 @@ class DeCo(nn.Module):
         times = torch.arange(steps + 1, dtype=torch.float64) / steps
         times = times / (times + (1 - times) * shift)
         low, high = torch.tensor(guidance_interval, dtype=torch.float32)  # compared in fp32, as deco_jax does
-        for start, end in itertools.pairwise(times):
+        slopes: deque[Tensor] = deque(maxlen=ORDERS[solver])  # the newest first
+        for k, (start, end) in enumerate(itertools.pairwise(times)):
             t = torch.full((len(x),), float(start), device=self.device)
-            if y_and_null is not None and low < start.float() <= high:
+            guided = low < start.float() <= high and (solver == "euler" or start.float() < high)
+            if y_and_null is not None and guided:
                 v, v_null = self(x.repeat(2, 1, 1, 1), t.repeat(2), y_and_null).chunk(2)
                 v = v_null + guidance * (v - v_null)
             else:
                 v = self(x, t, y)
-            x = x + float(end - start) * v
+            slopes.appendleft(v)
+            weights = adams_weights(times[max(k + 1 - ORDERS[solver], 0) : k + 1].flip(0), start, end)
+            x = x + sum(weight * slope for weight, slope in zip(weights.tolist(), slopes, strict=True))
         return x
 
     def _checked(self, y: Tensor) -> Tensor:
@@ -396,6 +406,17 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     """(B, N, parts·h·e) → `parts` tensors (B, h, N, e)."""
     return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def adams_weights(times: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """What a step multiplies the slopes at these times (K,) with: integrals of their Lagrange polynomials, fp64 (K,).
+
+    Gauss's rule of two points is exact for their degrees, which are at most 3. Of one slope it is end − start.
+    """
+    points = (start + end) / 2 + torch.tensor([-0.5, 0.5], dtype=torch.float64) * (end - start) / math.sqrt(3)
+    others = [torch.cat([times[:k], times[k + 1 :]])[:, None] for k in range(len(times))]
+    values = [((points - other) / (time - other)).prod(0).mean() for time, other in zip(times, others, strict=True)]
+    return torch.stack(values) * (end - start)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def generate_to_folder(
     check_image_size(size, model.patch_size)
     if trajectory < 0:
         raise UsageError(f"--trajectory={trajectory} must be at least 0; 0 writes no trajectory.gif.")
-    asked = Asked(num, negative, labels, prompt=tuple(prompt), prompts=prompts)
+    asked = Asked(num, negative, labels, prompt=tuple(prompt), prompts=prompts, text_encoder=text_encoder)
     wanted = read_requests(model.condition, found.class_names, asked, NUM, rounds=PER_PROMPT)
     chosen, away, num = list(wanted.labels), wanted.negative, wanted.num
     folder = check_folder(out, num, batch_size, seed)

@@ -43,13 +43,14 @@ def complete(job: Job, plan: Plan) -> None:
                 "arr_1": Parts((plan.num,), "int64", [_labels(plan)]),
             }
             try:
-                if plan.wanted.prompts:
-                    _write_prompts(job.folder / PROMPTS, plan)
                 with storage.writing(path):
                     write_npz(path, arrays)
             except UsageError:  # another part may have been faster, and has removed shards
                 if not path.exists():
                     raise
+        if plan.wanted.prompts:
+            lines = [json.dumps({"prompt": prompt.text}, ensure_ascii=False) for prompt in plan.wanted.prompts]
+            pictures.write_text(job.folder / PROMPTS, "".join(f"{line}\n" for line in lines))
         if plan.layout is not None:
             pictures.fill(job, plan.layout, path)
         for made in job.folder.glob("samples-*.npy"):
@@ -64,11 +65,6 @@ def _labels(plan: Plan) -> np.ndarray:
     if not plan.wanted.prompts:
         return np.asarray(plan.model.condition.read(plan.wanted.shown), np.int64)
     return np.arange(plan.num) // plan.wanted.each % len(plan.wanted.prompts)
-
-
-def _write_prompts(path: AnyPath, plan: Plan) -> None:
-    lines = [json.dumps({"prompt": prompt.text}, ensure_ascii=False) for prompt in plan.wanted.prompts]
-    storage.write_bytes(path, ("\n".join(lines) + "\n").encode())
 
 
 def remove(path: AnyPath) -> None:

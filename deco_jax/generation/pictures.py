@@ -11,6 +11,7 @@ DPG-Bench (Hu et al., 2024; github.com/TencentQQGYLab/ELLA, dpg_bench) takes OUT
 import concurrent.futures
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 
@@ -23,10 +24,11 @@ from deco_jax.jobs import Job
 from deco_jax.sampling.pictures import save_png
 from deco_jax.storage import AnyPath
 
-LAYOUTS = ("npz", "png", "geneval", "dpg")
+BENCHMARKS = ("geneval", "dpg")
+LAYOUTS = ("npz", "png", *BENCHMARKS)
 USUAL = 4  # images of a prompt with the benchmarks' layouts
 WRITERS = 8  # threads that write pictures
-BLOCK = 256  # images that are read at a time
+BLOCK_BYTES = 2**26  # of images that are read at a time, at most, unless a picture has more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,27 +60,25 @@ class Layout:
             return f"{prompt:05d}/samples/{sample:04d}.png"
         return f"dpg/{self.wanted.prompts[picture].name}.png" if self.kind == "dpg" else f"png/{picture:05d}.png"
 
-    def beside(self, picture: int) -> tuple[str, str] | None:
-        """A file that belongs to a picture, and what stands in it."""
-        prompt, sample = divmod(picture, self.wanted.each)
-        if self.kind != "geneval" or sample:
-            return None
-        return f"{prompt:05d}/metadata.jsonl", self.wanted.prompts[prompt].line + "\n"
+    @property
+    def beside(self) -> list[tuple[str, str]]:
+        """Files that belong to the pictures: where they lie, and what stands in them."""
+        prompts = self.wanted.prompts if self.kind == "geneval" else ()
+        return [(f"{k:05d}/metadata.jsonl", f"{prompt.line}\n") for k, prompt in enumerate(prompts)]
 
 
-def choose_layout(layout: str | None, png: bool, wanted: Requests, image_size: tuple[int, int]) -> Layout | None:
-    """The layout that is asked for, or that the prompts' file is of; None = no pictures.
+def choose_layout(kind: str, png: bool, wanted: Requests, image_size: tuple[int, int]) -> Layout | None:
+    """The layout of this kind; None = no pictures. `png`: whether --png is given.
 
     Raises:
       UsageError: there is no such layout, or it does not fit what is drawn.
     """
-    kind = layout or ("png" if png else benchmark_of(wanted))
     if kind not in LAYOUTS:
-        raise UsageError(f"--layout={layout} is not known; allowed: {', '.join(LAYOUTS)}.")
+        raise UsageError(f"--layout={kind} is not known; allowed: {', '.join(LAYOUTS)}.")
     if png and kind != "png":
-        raise UsageError(f"--png contradicts --layout={layout}; give one of them.")
+        raise UsageError(f"--png contradicts --layout={kind}; give one of them.")
     option, each, prompts = f"--layout={kind}", wanted.each, wanted.prompts
-    if kind in ("geneval", "dpg"):
+    if kind in BENCHMARKS:
         if not prompts or wanted.num != each * len(prompts):
             raise UsageError(f"{option} has as many images of each prompt: --prompts and --per-prompt, without --num.")
         if kind == "geneval" and not all({"tag", "prompt"} <= prompt.values.keys() for prompt in prompts):
@@ -92,24 +92,41 @@ def choose_layout(layout: str | None, png: bool, wanted: Requests, image_size: t
     return None if kind == "npz" else Layout(kind, wanted)
 
 
-def benchmark_of(wanted: Requests) -> str:
-    """The layout of the benchmark whose prompts these are; "npz" if of none."""
-    if wanted.prompts and all({"tag", "include", "prompt"} <= prompt.values.keys() for prompt in wanted.prompts):
+def benchmark_of(wanted: Requests, image_size: tuple[int, int]) -> str:
+    """The layout of the benchmark whose prompts these are, as far as what is drawn fits it; else "npz"."""
+    prompts, each = wanted.prompts, wanted.each
+    if not prompts or wanted.num != each * len(prompts):
+        return "npz"
+    if all({"tag", "include", "prompt"} <= prompt.values.keys() for prompt in prompts):
         return "geneval"
-    return "dpg" if wanted.prompts and all(prompt.name for prompt in wanted.prompts) else "npz"
+    fits = each in (1, 4) and image_size[0] == image_size[1]
+    return "dpg" if fits and all(prompt.name for prompt in prompts) else "npz"
 
 
 def save(folder: AnyPath, layout: Layout, picture: int, images_KxHxWx3: np.ndarray) -> None:
-    """Writes a picture of uint8 images, and what belongs to it.
+    """Writes a picture of uint8 images.
 
     Raises:
       UsageError: it cannot be written.
     """
     path = folder / layout.name(picture)
     with storage.writing(path):
-        if (file := layout.beside(picture)) is not None:
-            storage.write_bytes(folder / file[0], file[1].encode())
         storage.retried(f"writing {path}", lambda: save_png(_tiled(images_KxHxWx3), path))
+
+
+def write_beside(folder: AnyPath, layout: Layout) -> None:
+    """Writes what belongs to the pictures, where it is not there as it must be; the prompts' file may have changed."""
+    with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool:
+        for _ in pool.map(lambda file: write_text(folder / file[0], file[1]), layout.beside):
+            pass
+
+
+def write_text(path: AnyPath, text: str) -> None:
+    """Writes a small file, unless it is there and says so already; raises UsageError if it cannot be written."""
+    with storage.writing(path):
+        same = storage.retried(f"reading {path}", lambda: path.is_file() and path.read_bytes() == text.encode())
+        if not same:
+            storage.write_bytes(path, text.encode())
 
 
 def _tiled(images_KxHxWx3: np.ndarray) -> np.ndarray:
@@ -129,21 +146,23 @@ def missing(folder: AnyPath, layout: Layout) -> list[int]:
 
 
 def fill(job: Job, layout: Layout, samples: AnyPath) -> None:
-    """Writes those that are missing, as earlier starts did not make them, from `samples`.
+    """Writes those that are missing, as earlier starts did not make them, from `samples`; and what belongs to them.
 
     Raises:
       Stopped: this process is told to stop.
       UsageError: they cannot be written, or `samples` cannot be read.
     """
+    write_beside(job.folder, layout)
     numbers = missing(job.folder, layout)
     if not numbers:
         return
     job.say(f"Writing {len(numbers):,} pictures into {job.folder / (layout.top or '')}.")
     images, k = open_array(samples, "arr_0"), layout.images
+    block = max(BLOCK_BYTES // math.prod(images.shape[1:]) // k, 1)  # pictures
     with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool:
-        for _, block in itertools.groupby(numbers, lambda number: number * k // BLOCK):
+        for _, group in itertools.groupby(numbers, lambda number: number // block):
             job.stop.check()
-            chosen = list(block)
+            chosen = list(group)
             pixels = images.rows(chosen[0] * k, (chosen[-1] + 1) * k)
             parts = [pixels[(n - chosen[0]) * k :][:k] for n in chosen]
             list(pool.map(save, itertools.repeat(job.folder), itertools.repeat(layout), chosen, parts))

@@ -10,7 +10,7 @@ from flax import linen as nn
 from deco_jax.config import build_model
 from deco_jax.encoders.text import TextEncoder
 from deco_jax.generation.folder import check_folder
-from deco_jax.generation.pictures import USUAL, Layout, benchmark_of, choose_layout
+from deco_jax.generation.pictures import BENCHMARKS, USUAL, Layout, benchmark_of, choose_layout
 from deco_jax.generation.prompts import open_encoder, warnings_of
 from deco_jax.generation.requests import Asked, Requests, read_requests
 from deco_jax.pretrained.load import Pretrained, open_pretrained
@@ -60,14 +60,13 @@ class Plan:
 
     @property
     def how(self) -> dict[str, Any]:
-        """All that the images depend on, but for the numbers in the network: the content of generation.json."""
+        """All that the images depend on, but for the numbers in the networks: the content of generation.json."""
         wanted = {"num": self.num, "labels": str(self.wanted), "negative": self.wanted.negative}
         how = {"source": str(self.found), "fingerprint": self.found.fingerprint}
         how |= {"weights": self.weights, "dtype": self.found.config.model.dtype}
         sampler = dataclasses.asdict(self.settings) | {"guidance_interval": list(self.settings.guidance_interval)}
         size = {"image_size": list(self.image_size), "batch_size": self.batch_size}
-        text = {"text_encoder": self.text_encoder or self.found.config.text.encoder} if self.wanted.prompts else {}
-        return how | {"seed": self.seed} | wanted | size | sampler | text
+        return how | {"seed": self.seed} | wanted | size | sampler
 
     def open_encoder(self) -> TextEncoder | None:
         """Of the prompts; None if there are none."""
@@ -89,7 +88,6 @@ def make_plan(
     batch_size: int,
     layout: str | None,
     png: bool,
-    text_encoder: str | None,
     image_size: str | None = None,
     **changes: Any,
 ) -> Plan:
@@ -102,14 +100,15 @@ def make_plan(
     found.check_set(weights)
     model = build_model(found.config.model)
     wanted = read_requests(model.condition, found.class_names, asked)
-    if asked.num is None and asked.per_prompt is None and (layout or benchmark_of(wanted)) in ("geneval", "dpg"):
-        wanted = read_requests(model.condition, (), dataclasses.replace(asked, per_prompt=USUAL))
-    check_folder(out, wanted.num, batch_size, seed)
     settings = Sampling.from_config(found.config.sample, **changes)
     size = parse_image_size(image_size) or (found.config.data.image_size,) * 2
     check_image_size(size, model.patch_size)
-    chosen, batch_size = choose_layout(layout, png, wanted, size), min(batch_size, wanted.num)
-    return Plan(found, model, weights, wanted, seed, size, batch_size, settings, chosen, text_encoder)
+    kind = layout or ("png" if png else benchmark_of(wanted, size))
+    if kind in BENCHMARKS and asked.num is None and asked.per_prompt is None:
+        wanted = read_requests(model.condition, (), dataclasses.replace(asked, per_prompt=USUAL))
+    check_folder(out, wanted.num, batch_size, seed)
+    chosen, batch_size = choose_layout(kind, png, wanted, size), min(batch_size, wanted.num)
+    return Plan(found, model, weights, wanted, seed, size, batch_size, settings, chosen, asked.text_encoder)
 
 
 def summary(plan: Plan, left: Collection[int]) -> str:

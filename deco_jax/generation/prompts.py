@@ -37,6 +37,8 @@ def choose_prompts(prompt: Sequence[str], prompts: str | None) -> list[Prompt]:
         raise UsageError("a network of text needs --prompt=TEXT, or --prompts=FILE; one of them.")
     if prompts is None:
         return [Prompt(_checked(text, "--prompt")) for text in prompt]
+    if not prompts:
+        raise UsageError(f"--prompts is empty; expected is {KINDS}.")
     return read_prompts(storage.to_path(prompts), f"--prompts={prompts}")
 
 
@@ -65,19 +67,19 @@ def _folder(path: AnyPath, option: str) -> list[Prompt]:
 
 
 def _lines(text: str, option: str) -> list[Prompt]:
-    lines = [(k, line) for k, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(k, line) for k, line in enumerate(text.split("\n"), 1) if line.strip()]
     return [Prompt(_checked(line, f"{option}, line {k}")) for k, line in lines]
 
 
 def _json_lines(text: str, option: str) -> list[Prompt]:
     found = []
-    for k, line in enumerate(text.split("\n"), 1):  # splitlines would part what JSON may hold within a text
+    for k, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             values = json.loads(line)
             prompt = values[FIELD]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             expected = f'expected is JSON, {{"{FIELD}": TEXT, …}}'
             raise UsageError(f"{option}, line {k}: {expected}; {line[:60]!r} is not.") from error
         found.append(Prompt(_checked(prompt, f"{option}, line {k}"), line=line.strip(), values=values))

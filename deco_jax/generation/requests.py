@@ -27,6 +27,7 @@ class Asked:
     prompt: Sequence[str] = ()
     prompts: str | None = None  # see generation/prompts.py
     per_prompt: int | None = None
+    text_encoder: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ def read_requests(
     """
     if isinstance(condition, Text):
         return _read_prompts(asked, rounds)
-    if given := _given(asked, "prompt", "prompts", "per_prompt"):
+    if given := _given(asked, "prompt", "prompts", "per_prompt", "text_encoder"):
         raise UsageError(f"{given} is for networks that are told text; this one knows classes: --labels.")
     leads_away = None if asked.negative is None else condition.parse_one(asked.negative, names)
     if asked.label_file is not None:

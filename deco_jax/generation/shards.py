@@ -100,13 +100,11 @@ def generate_samples(
       UsageError: an argument is out of range, the network is not to be had, `out` holds something else or has no
         space, or an image is not finite.
     """
-    asked = Asked(num, negative, labels, label_file, per_class, tuple(prompt), prompts, per_prompt)
+    asked = Asked(num, negative, labels, label_file, per_class, tuple(prompt), prompts, per_prompt, text_encoder)
     with open_job("--out", out, find_part(part, os.environ)) as job:
 
         def look() -> Plan:
-            return make_plan(
-                source, out, asked, seed, weights, dtype, batch_size, layout, png, text_encoder, **sampling
-            )
+            return make_plan(source, out, asked, seed, weights, dtype, batch_size, layout, png, **sampling)
 
         plan = processes.agree(look)
         processes.assert_equal("what is to be generated", json.dumps(plan.how))

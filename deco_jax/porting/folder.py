@@ -7,6 +7,7 @@ import os
 import pathlib
 from typing import Any
 
+from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from deco_jax.checkpoints import store
@@ -91,9 +92,11 @@ def write_folder(bundle: Bundle, path: pathlib.Path) -> None:
     }
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (path / "README.md").write_text(model_card(bundle))
-    for name, text in (diffusers_files(c.data.image_size) if _runs_in_pytorch(bundle) else {}).items():
-        (path / name).parent.mkdir(exist_ok=True)
-        (path / name).write_text(text)
+    if _runs_in_pytorch(bundle):
+        encoder = c.text.encoder if c.model.kind == "deco_text" else ""
+        for name, text in diffusers_files(c.data.image_size, encoder, c.model.dtype).items():
+            (path / name).parent.mkdir(exist_ok=True)
+            (path / name).write_text(text)
 
 
 def _runs_in_pytorch(bundle: Bundle) -> bool:
@@ -110,7 +113,10 @@ def model_card(bundle: Bundle) -> str:
         *([("pixel decoder", f"{m.decoder_depth} blocks of width {m.decoder_width}")] if m.kind != "baseline" else []),
         ("predicts", m.prediction),
         *(
-            [("text", f"{m.text_tokens} tokens of {m.text_features} channels; {m.text_depth} blocks of their own")]
+            [
+                ("text", f"{m.text_tokens} tokens of {m.text_features} channels; {m.text_depth} blocks of their own"),
+                ("text encoder", c.text.encoder),
+            ]
             if m.kind == "deco_text"
             else [("classes", f"{m.num_classes}, and the null class")]
         ),
@@ -128,15 +134,13 @@ def model_card(bundle: Bundle) -> str:
     ]
     unknown = "Converted from PyTorch weights, which do not say how they were trained."
     measured = _last_metrics(bundle.origin, bundle.step)
-    g, name, paper = c.sample, NAMES[m.kind], "DeCo, arXiv 2511.19365"
+    name, paper = NAMES[m.kind], "DeCo, arXiv 2511.19365"
     origin = paper if m.kind in IN_PYTORCH else f"{name}, as compared with in {paper}"
-    told = "prompt_embeds=text, negative_prompt_embeds=nothing" if m.kind == "deco_text" else "class_labels=[0]"
-    call = f"{told}, num_inference_steps={g.steps}, guidance_scale={g.guidance}"
     in_torch = f"""
 model = DeCo.from_safetensors("THIS_FOLDER/model.safetensors")  # PyTorch: transformer/torch_model.py
 # diffusers
 pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", custom_pipeline="THIS_FOLDER", trust_remote_code=True)
-images = pipe({call}).images"""
+images = pipe({_call(c)}).images"""
     return f"""---
 library_name: deco_jax
 tags: [pixel-diffusion, {"text" if m.kind == "deco_text" else "class"}-to-image]
@@ -161,6 +165,18 @@ A pixel diffusion network ({origin}), exported by deco_jax {__version__}.
 model, params = deco_jax.load_pretrained("THIS_FOLDER")  # JAX{in_torch if _runs_in_pytorch(bundle) else ""}
 ```
 """
+
+
+def _call(config: ConfigDict) -> str:
+    """What the pipeline is asked, with the settings of the run's samples as far as it knows them."""
+    g = config.sample
+    told = f"prompt={next(iter(g.prompts), '')!r}" if config.model.kind == "deco_text" else "class_labels=[0]"
+    settings = {"num_inference_steps": g.steps, "guidance_scale": g.guidance}
+    if g.guidance != 1:
+        settings["guidance_interval"] = tuple(g.guidance_interval)
+    settings |= {"shift": g.shift} if g.shift != 1 else {}
+    settings |= {"solver": g.solver} if g.solver.startswith("adams") else {}
+    return ", ".join([told, *(f"{name}={value!r}" for name, value in settings.items())])
 
 
 def _table(rows: list[tuple[str, Any]]) -> str:

@@ -159,6 +159,8 @@ def run_config(stored: Stored) -> ConfigDict:
     config, said = default_config(), stored.file.config
     if isinstance(said.get("training"), dict):  # a folder of ours
         config = restore_config(said | {"config": said["training"]}, stored.path)
+    elif stored.sizes["kind"] == "deco_text":  # as upstream samples, and every configuration of text here
+        config.sample.update(solver="adams2", steps=25, guidance=4.0, shift=3.0)
     config.model = model_config(stored)
     config.data.image_size = stored.image_size or config.data.image_size
     return config

@@ -1,9 +1,11 @@
 """How do images get onto disk, one by one, as grids, and as films of how they came about?"""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from deco_jax.storage import AnyPath, write_beside
 
@@ -19,10 +21,13 @@ def make_grid(images_BxHxWx3: np.ndarray, columns: int) -> np.ndarray:
     return grid
 
 
-def save_png(image_HxWx3: np.ndarray, path: AnyPath) -> None:
-    """Writes a uint8 image as PNG; a reader never sees half a file."""
+def save_png(image_HxWx3: np.ndarray, path: AnyPath, texts: Mapping[str, str] | None = None) -> None:
+    """Writes a uint8 image as PNG, with `texts` as its metadata; a reader never sees half a file."""
+    info = PngInfo()
+    for name, text in (texts or {}).items():
+        info.add_text(name, text)
     with write_beside(path) as draft:
-        Image.fromarray(image_HxWx3).save(draft, format="PNG")
+        Image.fromarray(image_HxWx3).save(draft, format="PNG", pnginfo=info)
 
 
 def save_gif(frames_SxHxWx3: np.ndarray, path: AnyPath, seconds: float = 0.1, last: float = 1.5) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,33 @@ def sample(
       UsageError: an argument is missing or out of range.
     """
     settings = dataclasses.replace(settings, **changes)
+    if trajectory < 0:
+        raise UsageError(f"trajectory={trajectory} must be at least 0; 0 keeps no states.")
+    inputs = read_inputs(model, labels, key, noise, keys, image_size, negative, encoder, settings)
+    return compiled_sampler(model, settings, trajectory)(params, *inputs)
+
+
+class Inputs(NamedTuple):
+    """What a sampler gets of B images beside the parameters."""
+
+    noise_BxHxWx3: Array
+    keys_B: Array | None  # None where the solver draws no noise
+    condition: Any  # trees of arrays (B, …)
+    null: Any
+
+
+def read_inputs(
+    model: nn.Module,
+    labels: Array | Sequence[int | str],
+    key: Array | None,
+    noise: Array | None,
+    keys: Array | None,
+    image_size: int | tuple[int, int] | None,
+    negative: Array | Sequence[int | str] | None,
+    encoder: Callable[[Sequence[str]], Array] | None,
+    settings: Sampling,
+) -> Inputs:
+    """The arguments of `sample`, checked and as arrays; errors as there."""
     number = len(labels)
     read = model.condition.read if encoder is None else functools.partial(model.condition.read, encoder=encoder)
     condition = jax.tree.map(jnp.asarray, read(labels))
@@ -84,9 +111,7 @@ def sample(
         keys = image_keys(key, jnp.arange(number))
     if keys is not None and keys.shape != (number,):
         raise UsageError(f"keys has shape {keys.shape}; {number} labels need ({number},) of jax.random.key.")
-    if trajectory < 0:
-        raise UsageError(f"trajectory={trajectory} must be at least 0; 0 keeps no states.")
-    return compiled_sampler(model, settings, trajectory)(params, jnp.asarray(noise), keys, condition, null)
+    return Inputs(jnp.asarray(noise), keys, condition, null)
 
 
 @functools.partial(jax.jit, static_argnames="shape")

@@ -226,7 +226,12 @@ def integrate(
             kept = kept.at[place].set(x, mode="drop")
         return (state, kept), seen
 
-    constants = jax.tree.map(lambda c: c if c.dtype == bool else c.astype(np.float32), solver.constants(times))
-    now = Step(np.arange(steps), times[:-1].astype(np.float32), np.diff(times).astype(np.float32), constants)
-    (state, kept), seen = jax.lax.scan(step, (solver.init(x0), kept), (now, jnp.asarray(guided_steps)))
+    inputs = (list_steps(solver, times), jnp.asarray(guided_steps))
+    (state, kept), seen = jax.lax.scan(step, (solver.init(x0), kept), inputs)
     return state[0], None if kept is None else jnp.concatenate([kept, state[0][None]]), seen
+
+
+def list_steps(solver: Solver, times: np.ndarray) -> Step:
+    """All steps between these times, (steps + 1,): arrays with the steps as leading axis, fp32 but for the numbers."""
+    constants = jax.tree.map(lambda c: c if c.dtype == bool else c.astype(np.float32), solver.constants(times))
+    return Step(np.arange(len(times) - 1), times[:-1].astype(np.float32), np.diff(times).astype(np.float32), constants)

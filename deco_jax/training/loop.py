@@ -83,8 +83,9 @@ def train(config: ConfigDict, workdir: str) -> None:
 
         batch_size, rows = config.data.batch_size, meshes.host_rows(mesh, config.data.batch_size)
         program = jit_step(train_step, abstract, layout)
+        prompts = start.encode_prompts(config, parts)
         frozen = {weights.network.name: weights.place(layout) for weights in parts.frozen}
-        features, tokenizer, judge = parts.features, parts.tokenizer, parts.judge
+        beside, judge = (parts.features, parts.tokenizer, parts.states), parts.judge
         del parts  # and with it the frozen networks' copies on this host
 
         flops, mirror = step_flops(train_step, config.data.image_size), Mirror(folder)
@@ -94,11 +95,10 @@ def train(config: ConfigDict, workdir: str) -> None:
         job.closing.callback(profile.running.close)
         bad = pipeline.BadRecords(source, config.data, seen, log=job.first)
         watch = Watch(bad, config.train.max_nonfinite, checkpoints, config.train.save_minutes)
-        prompts = None if tokenizer is None else start.encode_prompts(config, train_step, tokenizer, frozen, layout)
         sample_grid = SampleGrids(config, train_step.network, layout, prompts)
         evaluation = OnlineEvaluation(config, train_step.network, layout, judge)
         job.closing.callback(evaluation.close)
-        started_at, batches = step, pipeline.batches(config.data, config.seed, source, step, rows, features, tokenizer)
+        started_at, batches = step, pipeline.batches(config.data, config.seed, source, step, rows, *beside)
         with meshes.use_mesh(layout), contextlib.closing(Feed(batches, job.stop)) as feed:
             while True:
                 job.check()

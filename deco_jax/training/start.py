@@ -17,10 +17,11 @@ from deco_jax.data.features import StoredFeatures, open_features
 from deco_jax.data.pipeline import fingerprint
 from deco_jax.data.records import Source
 from deco_jax.data.sources import open_source
+from deco_jax.data.states import StoredStates, open_states
 from deco_jax.data.tokens import Tokenizer
 from deco_jax.encoders.frozen import FrozenWeights
 from deco_jax.encoders.teacher import load_teacher
-from deco_jax.encoders.text import encode_on, load_run_encoder
+from deco_jax.encoders.text import TextEncoder, encode_on, load_run_encoder, stored_weights
 from deco_jax.errors import UsageError
 from deco_jax.models.build import network_fields
 from deco_jax.parallel import mesh as meshes
@@ -44,9 +45,15 @@ class Parts:
     train_step: TrainStep
     frozen: tuple[FrozenWeights, ...]  # of the networks in the step
     features: StoredFeatures | None  # a teacher's, in place of the teacher
-    tokenizer: Tokenizer | None  # of captions
+    encoder: TextEncoder | None  # of captions and the prompts of grids; None if neither needs it
+    states: StoredStates | None  # of captions, in place of the encoder
     judge: Judge | None  # of small evaluations
     fingerprint: str  # of the data
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Of captions that are encoded in the step."""
+        return None if self.encoder is None or self.states is not None else self.encoder.tokenizer
 
     @property
     def digests(self) -> dict[str, str]:
@@ -69,22 +76,51 @@ def open_parts(config: ConfigDict, workdir: AnyPath) -> Parts:
         features = open_features(config, source)
     elif config.loss.alignment_weight:
         frozen = (load_teacher(config),)
-    tokenizer = None
     build_model(config.model).condition.check_data(source.condition)
-    if config.model.kind == "deco_text":
-        encoder = load_run_encoder(config)
-        frozen, tokenizer = (*frozen, encoder.weights), encoder.tokenizer
+    encoder, states = _open_text(config, source)
+    if states is not None:
+        frozen = (*frozen, stored_weights(config, states))
+    elif encoder is not None:
+        frozen = (*frozen, encoder.weights)
     train_step = make_train_step(config, [weights.network for weights in frozen])
     order = fingerprint(config.data, config.seed, source)
-    return Parts(layout, source, train_step, frozen, features, tokenizer, Judge.open(config), order)
+    return Parts(layout, source, train_step, frozen, features, encoder, states, Judge.open(config), order)
 
 
-def encode_prompts(
-    config: ConfigDict, train_step: TrainStep, tokenizer: Tokenizer, frozen: dict[str, Any], layout: Layout
-) -> np.ndarray:
-    """States of the prompts of sample grids, and last of the empty one, (1 + P, L, E) fp32; `frozen`: parameters."""
-    network = next(network for network in train_step.frozen if network.name == "text")
-    return encode_on(network, frozen["text"], layout, tokenizer([*config.sample.prompts, ""]))
+def _open_text(config: ConfigDict, source: Source) -> tuple[TextEncoder | None, StoredStates | None]:
+    """The text encoder where it is needed, and stored states where there are."""
+    if config.model.kind != "deco_text":
+        if config.text.stored:
+            raise UsageError(
+                f"text.stored={config.text.stored} is of captions, and model.kind={config.model.kind!r} learns from "
+                "class labels; text.stored='' goes with it."
+            )
+        return None, None
+    if not config.text.stored:
+        return load_run_encoder(config), None
+    states = open_states(config, source)
+    if not config.train.sample_every:
+        return None, states
+    try:
+        encoder = load_run_encoder(config)
+    except UsageError as error:
+        raise UsageError(f"{error} Grids of samples need it; without them it is not: train.sample_every=0.") from error
+    if encoder.weights.digest != states.digest:
+        raise UsageError(
+            f"text.stored={config.text.stored} holds states of another encoder than text.encoder="
+            f"{config.text.encoder} with model.dtype={config.model.dtype}: {states.digest} there, "
+            f"{encoder.weights.digest} here (hashes of weights and tokenizer). Name that one, or prepare into another "
+            "folder."
+        )
+    return encoder, states
+
+
+def encode_prompts(config: ConfigDict, parts: Parts) -> np.ndarray | None:
+    """States of the prompts of sample grids, and last of the empty one, (1 + P, L, E) fp32; None if none are needed."""
+    if parts.encoder is None:
+        return None
+    weights, tokens = parts.encoder.weights, parts.encoder.tokenizer([*config.sample.prompts, ""])
+    return encode_on(weights.network, weights.place(parts.layout), parts.layout, tokens)
 
 
 def keep_decoding(config: ConfigDict, workdir: AnyPath) -> tuple[ConfigDict, list[str]]:

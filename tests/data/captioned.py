@@ -5,11 +5,12 @@ import itertools
 import os
 import pickle
 
+import ml_dtypes
 import numpy as np
 from PIL import Image
 
 from deco_jax.data.pipeline import batches
-from deco_jax.data.transforms import center_crop
+from deco_jax.data.transforms import square_crop
 
 SIZE, BATCH = 8, 6
 LONG_AGO = 1_600_000_000
@@ -20,6 +21,15 @@ class Lengths:
 
     def encode(self, text):
         return np.array([ord(c) for c in f"{text:<24.24}"], np.int32)
+
+
+class States:
+    """A stub of stored states, of which record 3 has none."""
+
+    def __getitem__(self, record):
+        if record == 3:
+            raise ValueError("it has no stored states")
+        return np.full((5, 2), record, ml_dtypes.bfloat16)
 
 
 def pixels(number):
@@ -40,7 +50,7 @@ def caption(number):
 
 def crop(content):
     with Image.open(io.BytesIO(content)) as image:
-        return center_crop(image.convert("RGB"), SIZE)
+        return square_crop(image.convert("RGB"), SIZE)
 
 
 def same_records(source, expected):

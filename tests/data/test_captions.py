@@ -1,16 +1,18 @@
 """Is each image of a folder read with its own caption, and is what has none counted and said?"""
 
+import itertools
 import json
 import os
 import pathlib
 import tempfile
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from deco_jax.conditions import Captions, Text
 from deco_jax.data import captions
-from deco_jax.data.pipeline import BadRecords
+from deco_jax.data.pipeline import BadRecords, batches
 from deco_jax.data.records import compare
 from deco_jax.data.sources import open_source
 from deco_jax.data.wording import Wording, clean
@@ -18,6 +20,7 @@ from deco_jax.errors import UsageError
 from tests.data.captioned import (
     BATCH,
     SIZE,
+    States,
     age,
     caption,
     encoded,
@@ -177,7 +180,7 @@ def test_other_captions_of_the_same_images_are_told(root):
 
 
 def test_unreadable_records_are_counted(root, caplog):
-    """Broken image, empty caption, no UTF-8, too small an image: each is replaced by the next, named and counted."""
+    """Broken image, empty caption, no UTF-8: each is replaced by the next, named and counted. Small ones are no fault."""
     (root / "a.jpg").write_bytes(b"no image")
     (root / "b.caption").write_text(" \x01\n ")
     (root / "deep/x.y.txt").write_bytes(b"\xff\xfe\xff")
@@ -185,13 +188,37 @@ def test_unreadable_records_are_counted(root, caplog):
     source = open_source(config)
     with pytest.raises(ValueError, match=r"12×13 pixels; data\.min_side=13 asks for more"):
         opened(root, min_side=13).load(4)
-    small = {name for number, name in enumerate(NAMES) if min(pixels(number).shape[:2]) < 9}
+    small = [number for number, name in enumerate(NAMES) if min(pixels(number).shape[:2]) < 9]
     bad = BadRecords(source, config)
     for batch in some_batches(config, source, count=4):
         bad.check(batch["bad"])
     named = {source.describe(k).removeprefix(f"{root}/") for k in bad.seen}
-    assert named == {"a.jpg", "b.PNG", "deep/x.y.png"} | small and len(small) > 1
-    assert "its caption is empty" in caplog.text and "data.min_side=9 asks for more" in caplog.text
+    assert named == {"a.jpg", "b.PNG", "deep/x.y.png"}
+    assert "its caption is empty" in caplog.text
+    assert len(small) > 1 and bad.small >= len(small)
+    assert "Images smaller than data.min_side=9 skipped so far: 1." in caplog.text
+    config = config_of(root, min_side=99, max_bad_share=1.0)
+    with pytest.raises(UsageError, match=rf"All {len(NAMES)} records .* cannot be read, or are too small"):
+        some_batches(config, open_source(config), count=1)
+
+
+def test_stored_states_stand_in_place_of_tokens(root):
+    """Each record with its own, from threads and workers alike; a record without them is replaced as a whole."""
+    config = config_of(root)
+    source = open_source(config)
+    for config.workers in (0, 2):
+        taken = list(itertools.islice(batches(config, 5, source, 0, states=States()), 4))
+        tokens = some_batches(config, source, count=4)
+        for batch, other in zip(taken, tokens, strict=True):
+            assert batch.keys() == {"image", "text", "bad"} and batch["text"].dtype == ml_dtypes.bfloat16
+            for row, text in enumerate(batch["text"].astype(int)):
+                (record,) = np.unique(text)
+                assert record != 3
+                np.testing.assert_array_equal(batch["image"][row], source.load(record)["image"])
+                if batch["bad"][row] < 0:
+                    assert batch["image"][row].tolist() == other["image"][row].tolist()
+        bad = np.concatenate([batch["bad"] for batch in taken])
+        assert set(bad.tolist()) == {-1, 3}, "the record without states must count as unreadable"
 
 
 @pytest.mark.parametrize(
@@ -244,7 +271,7 @@ BAD = {
     ),
     "a line without a name": (
         lambda root: (metadata(root, [{"image": "a.jpg", "text": "x"}]), root)[1],
-        r"line 1 is not understood \(it has the fields image, text; .*'file_name'",
+        r"line 1 is not understood \(its name and its caption must be text, .\"file_name\": …, ",
     ),
     "a line without a caption": (
         lambda root: (metadata(root, [{"file_name": "a.jpg", "prompt": "x"}]), root)[1],
@@ -269,13 +296,6 @@ def test_what_is_refused(root, case):
 def test_an_empty_path():
     with pytest.raises(UsageError, match=r"data\.path='' is no folder"):
         opened("")
-
-
-def test_random_crops_are_not_offered(root):
-    from deco_jax.config.fields import FIELDS
-
-    with pytest.raises(UsageError, match="data.crop='random' is not known; allowed: centre"):
-        FIELDS["data.crop"].check("data.crop", "random")
 
 
 def test_a_folder_in_a_bucket(root, bucket):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from deco_jax.config import default_config
 from deco_jax.data.decode import Decoder, decode
-from deco_jax.data.transforms import center_crop
+from deco_jax.data.transforms import square_crop
 from deco_jax.errors import UsageError
 
 
@@ -51,9 +51,9 @@ def test_jpeg_decoded_at_a_smaller_scale_is_another_picture():
     scaled.draft("RGB", (320, 240))
     assert scaled.size == (320, 240)
     crop = Decoder(size=240, orient=True, background="white")(content)
-    assert not np.array_equal(center_crop(scaled, 240), crop)
+    assert not np.array_equal(square_crop(scaled, 240), crop)
     whole = Image.open(io.BytesIO(content))
-    np.testing.assert_array_equal(center_crop(whole.resize((320, 240), Image.Resampling.BOX), 240), crop)
+    np.testing.assert_array_equal(square_crop(whole.resize((320, 240), Image.Resampling.BOX), 240), crop)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

@@ -37,7 +37,7 @@ class Numbers:
     def __len__(self):
         return self.size
 
-    def load(self, index):
+    def load(self, index, offset=None):
         if index in self.unreadable:
             raise OSError(f"{index} is broken")
         return {"image": np.full((2, 2, 3), index, np.uint8), "label": np.int32(index)}
@@ -176,7 +176,7 @@ def test_rows_are_read_at_a_time():
     barrier = threading.Barrier(3)
 
     class Waiting(Numbers):
-        def load(self, index):
+        def load(self, index, offset=None):
             barrier.wait(timeout=20)
             return super().load(index)
 
@@ -196,7 +196,7 @@ def test_the_end_leaves_no_thread_and_waits_for_none():
     go_on, reads = threading.Event(), []
 
     class Hanging(Numbers):
-        def load(self, index):
+        def load(self, index, offset=None):
             reads.append(index)
             if len(reads) > 8:  # those read ahead hang
                 go_on.wait(timeout=60)
@@ -261,7 +261,7 @@ def test_an_error_of_the_storage_ends_all_threads_with_its_own_words():
     """Whichever thread comes first: exit code and message are those of what happened, not of what followed from it."""
 
     class Failing(Numbers):
-        def load(self, index):
+        def load(self, index, offset=None):
             time.sleep(0.001)
             if index == 41:
                 raise TransientError("reading 41 still fails")

@@ -17,10 +17,11 @@ from PIL import Image
 
 from deco_jax.config import default_config
 from deco_jax.data import reading
-from deco_jax.data.features import COMPLETE, Contents, StoredFeatures, features_file, open_features
+from deco_jax.data.features import Contents, StoredFeatures, open_features
 from deco_jax.data.folder import Folder
 from deco_jax.data.pipeline import batches
 from deco_jax.data.sources import open_source
+from deco_jax.data.stored import array_file
 from deco_jax.errors import TransientError, UsageError
 
 RECORDS = 120
@@ -72,10 +73,10 @@ class Unreliable:
             raise error
         return FailingFile(error)
 
-    def load(self, index):
+    def load(self, index, offset=None):
         if multiprocessing.parent_process():  # in a worker; in this process tests set it, for as long as they last
             reading.open = self.open
-        return self.folder.load(index)
+        return self.folder.load(index, offset)
 
     def describe(self, index):
         return self.folder.describe(index)
@@ -147,7 +148,7 @@ def test_a_run_that_ends_reads_no_further_batch(images, unreliable, monkeypatch)
     config = data_config(images, threads=3)
     source, reads = unreliable(open_source(config), every=1), []
     load = source.load
-    monkeypatch.setattr(source, "load", lambda index: reads.append(index) or load(index))
+    monkeypatch.setattr(source, "load", lambda index, offset: reads.append(index) or load(index, offset))
     with pytest.raises(TransientError):
         take(1, config, source)
     time.sleep(1)
@@ -185,9 +186,9 @@ def write_features(folder, source):
     for k in range(contents.files):
         rows = np.arange(50 * k, 50 * k + contents.shape(k)[0])
         array = np.broadcast_to(rows[:, None, None], contents.shape(k)).astype(np.float16)
-        with features_file(folder, k).open("wb") as file:
+        with array_file("features", folder, k).open("wb") as file:
             np.save(file, array)
-    (folder / COMPLETE).write_text(json.dumps(contents.__dict__ | {"bad": [5]}))
+    (folder / "features.json").write_text(json.dumps(contents.__dict__ | {"bad": [5]}))
     return StoredFeatures(folder)
 
 
@@ -213,9 +214,9 @@ def test_features_of_images_that_were_decoded_otherwise(images, tmp_path):
     config.data, config.teacher.stored = data_config(images), str(tmp_path)
     config.model.patch_size, config.loss.alignment_features = 4, 8
     write_features(tmp_path, open_source(config.data))
-    said = json.loads((tmp_path / COMPLETE).read_text())
+    said = json.loads((tmp_path / "features.json").read_text())
     said["decoding"] = ""
-    (tmp_path / COMPLETE).write_text(json.dumps(said))
+    (tmp_path / "features.json").write_text(json.dumps(said))
     expected = (
         r"not turned, transparency dropped \(data.orient=False.* there, turned by EXIF, transparency on white here"
     )
@@ -231,9 +232,9 @@ def test_features_of_earlier_versions_do_not_say_how_images_were_decoded(images,
     config.data, config.teacher.stored = data_config(images), str(tmp_path)
     config.model.patch_size, config.loss.alignment_features = 4, 8
     write_features(tmp_path, open_source(config.data))
-    said = json.loads((tmp_path / COMPLETE).read_text())
+    said = json.loads((tmp_path / "features.json").read_text())
     del said["decoding"]
-    (tmp_path / COMPLETE).write_text(json.dumps(said))
+    (tmp_path / "features.json").write_text(json.dumps(said))
     for warned, decoding in ((True, {}), (False, {"orient": False, "background": ""})):
         caplog.clear()
         config.data.update(decoding)

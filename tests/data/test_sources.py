@@ -16,7 +16,7 @@ from PIL import Image
 
 from deco_jax.config import default_config
 from deco_jax.data.sources import open_source
-from deco_jax.data.transforms import center_crop
+from deco_jax.data.transforms import square_crop
 from deco_jax.errors import UsageError
 
 
@@ -137,7 +137,7 @@ def test_folder_images_are_centre_cropped(tmp_path):
     (tmp_path / "only").mkdir()
     image.save(tmp_path / "only" / "a.png")
     image_32x32x3 = open_source(data_config("folder", path=str(tmp_path), image_size=32)).load(0)["image"]
-    np.testing.assert_array_equal(image_32x32x3, center_crop(image, 32))
+    np.testing.assert_array_equal(image_32x32x3, square_crop(image, 32))
 
 
 def test_folder_order_does_not_depend_on_the_disk(tmp_path):
@@ -246,8 +246,10 @@ def test_tfds_reads_imagenet(mocked_tfds, size):
     for i in range(5):
         image_SxSx3, label = source.load(i).values()
         assert image_SxSx3.shape == (size, size, 3) and image_SxSx3.dtype == np.uint8
-        np.testing.assert_array_equal(image_SxSx3, center_crop(Image.open(io.BytesIO(examples[i]["image"])), size))
+        np.testing.assert_array_equal(image_SxSx3, square_crop(Image.open(io.BytesIO(examples[i]["image"])), size))
         assert label == examples[i]["label"]
+        whole = Image.open(io.BytesIO(examples[i]["image"]))
+        np.testing.assert_array_equal(source.load(i, 0.9)["image"], square_crop(whole, size, 0.9))
     assert "imagenet2012/train" in source.describe(3) and "3" in source.describe(3)
 
 

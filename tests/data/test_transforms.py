@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deco_jax.data.transforms import center_crop
+from deco_jax.data.transforms import square_crop
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "center_crop.npz"
 
@@ -16,7 +16,7 @@ def test_equals_the_recorded_crops(k):
     """FID reference batches were made with ADM's crop: another filter or rounding shifts every figure we report."""
     with np.load(GOLDEN) as golden:
         image_HxWx3, expected_32x32x3 = golden[f"{k}:image"], golden[f"{k}:cropped32"]
-    cropped = center_crop(Image.fromarray(image_HxWx3), 32)
+    cropped = square_crop(Image.fromarray(image_HxWx3), 32)
     assert cropped.dtype == np.uint8
     np.testing.assert_array_equal(
         cropped, expected_32x32x3, "not a bit of the crop may change; expect a change only of Pillow's resampling"
@@ -42,14 +42,14 @@ def test_equals_upstreams_crop_at_all_sizes():
         image = noise.crop((0, 0, width, height))
         for size in (16, 31, 100):
             expected = upstreams_crop(image, size)
-            np.testing.assert_array_equal(center_crop(image, size), expected, f"{width}×{height} to {size}")
+            np.testing.assert_array_equal(square_crop(image, size), expected, f"{width}×{height} to {size}")
     np.testing.assert_array_equal(image, noise.crop((0, 0, width, height)), "the image itself must stay as it is")
 
 
 def test_leaves_an_image_of_the_right_size_alone():
     """The crop neither flips nor resamples what already fits (the paper trains without augmentation)."""
     image_16x16x3 = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    np.testing.assert_array_equal(center_crop(Image.fromarray(image_16x16x3), 16), image_16x16x3)
+    np.testing.assert_array_equal(square_crop(Image.fromarray(image_16x16x3), 16), image_16x16x3)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -60,7 +60,7 @@ def test_cuts_out_the_centre(axis, extra):
     shape[axis] += extra
     image_HxWx3 = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     expected = np.take(image_HxWx3, np.arange(16) + extra // 2, axis)
-    np.testing.assert_array_equal(center_crop(Image.fromarray(image_HxWx3), 16), expected)
+    np.testing.assert_array_equal(square_crop(Image.fromarray(image_HxWx3), 16), expected)
 
 
 def test_no_size_leaves_a_border():
@@ -71,7 +71,7 @@ def test_no_size_leaves_a_border():
         for height in (1, 31, 53)
         for size in (16, 31)
         if not np.array_equal(
-            center_crop(Image.new("RGB", (width, height), "white"), size), np.full((size, size, 3), 255)
+            square_crop(Image.new("RGB", (width, height), "white"), size), np.full((size, size, 3), 255)
         )
     ]
     assert not failed, f"(width, height, size) whose white image does not stay white: {failed}"
@@ -89,5 +89,5 @@ def test_no_size_leaves_a_border():
 )
 def test_every_mode_becomes_rgb(mode, fill, rgb):
     """A grey or transparent image among colour ones would otherwise end the run with a shape error."""
-    cropped = center_crop(Image.new(mode, (40, 50), fill), 16)
+    cropped = square_crop(Image.new(mode, (40, 50), fill), 16)
     np.testing.assert_array_equal(cropped, np.broadcast_to(np.uint8(rgb), (16, 16, 3)))

@@ -265,6 +265,11 @@ def numbered(*numbers, width=5):
     return folder_of(**{f"shard-{k:0{width}}_tar": as_text(k) for k in numbers})
 
 
+def test_an_empty_text_does_not_hide_the_caption_in_json(tmp_path):
+    (tmp_path / "a.tar").write_bytes(tar_of([*as_json(3), ("000000003.txt", b"")]))
+    assert opened(tmp_path).load(0)["caption"] == caption(3)
+
+
 WHOLE = tar_of([file for k in range(4) for file in as_text(k)])
 EXPECTED = r"expected are tar shards, or a folder of them, in which every KEY\.jpg"
 BAD = {
@@ -274,6 +279,10 @@ BAD = {
     "a missing shard": (
         numbered(0, 1, 3, 4),
         r"set' holds shard-00004\.tar but not shard-00002\.tar; finish the download, or link the shards",
+    ),
+    "a missing shard of so many": (
+        folder_of(**{f"train-{k:05}-of-00064_tar": as_text(k) for k in (0, 2)}),
+        r"holds train-00002-of-00064\.tar but not train-00001-of-00064\.tar; finish the download",
     ),
     "many missing shards": (
         numbered(0, 12),

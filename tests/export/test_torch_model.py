@@ -115,6 +115,11 @@ def test_samples_equal_the_recorded_ones():
     [
         {"steps": 5, "guidance": 2.0, "shift": 3.0},
         {"steps": 10, "guidance": 3.0, "guidance_interval": (0.1, 0.8)},  # both ends are steps: open, closed
+        {"steps": 10, "guidance": 3.0, "guidance_interval": (0.1, 0.8), "solver": "adams1"},  # and open, open
+        {"steps": 6, "guidance": 4.0, "shift": 3.0, "solver": "adams2"},
+        {"steps": 7, "guidance": 2.0, "shift": 2.0, "solver": "adams3"},
+        {"steps": 7, "solver": "adams4"},
+        {"steps": 2, "solver": "adams4"},
     ],
 )
 def test_samples_equal_ours(settings):
@@ -291,6 +296,8 @@ def test_bad_arguments_are_named():
         model.sample([1])
     with pytest.raises(ValueError, match="steps=0 must be at least 1"):
         model.sample([1], image_size=32, steps=0)
+    with pytest.raises(ValueError, match="solver='heun' is not known; allowed: euler, adams1, adams2, adams3, adams4"):
+        model.sample([1], image_size=32, solver="heun")
     with pytest.raises(ValueError, match="either num_classes or text_features"):
         DeCo(8, 16, 1, 2, 4, 1)
     with pytest.raises(ValueError, match="needs null=…"):

@@ -26,7 +26,7 @@ SMALL = {"image_size": "16", "steps": 2, "batch_size": 8, "guidance": 2.0}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A network and its encoder; no test changes them."""
+    """A network, whose file says nothing of sampling, and its encoder; no test changes them."""
     root = tmp_path_factory.mktemp("made")
     return write_text_network(root / "text.safetensors"), write_encoder(root / "qwen")
 
@@ -41,7 +41,15 @@ def drawn_by_sample(made, prompts, number, negative=""):
     model, params = deco_jax.load_pretrained(made[0], dtype="float32")
     encoder = deco_jax.load_text_encoder(made[1], tokens=12, dtype="float32")
     shown = [prompts[i % len(prompts)] for i in range(number)]
-    options = {"image_size": 16, "steps": 2, "guidance": 2.0, "encoder": encoder, "negative": [negative] * number}
+    options = {
+        "image_size": 16,
+        "steps": 2,
+        "guidance": 2.0,
+        "solver": "adams2",
+        "shift": 3.0,
+        "encoder": encoder,
+        "negative": [negative] * number,
+    }
     images = deco_jax.sample(model, params, shown, jax.random.key(0), **options)
     return np.clip((np.asarray(images) + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
 
@@ -77,6 +85,10 @@ def test_geneval_gets_the_folders_that_its_scorer_reads(made, tmp_path, capsys):
     (out / "00002" / "metadata.jsonl").unlink()
     draw(made, out, prompts=prompts, per_prompt=2)
     assert "Writing 2 pictures" in capsys.readouterr().out and (out / "00002" / "metadata.jsonl").exists()
+    # The same prompts with other metadata: what the scorer looks for has been corrected.
+    corrected = write_geneval(tmp_path / "geneval.jsonl", [*GENEVAL[:2], GENEVAL[2] | {"tag": "colors"}])
+    draw(made, out, prompts=corrected, per_prompt=2)
+    assert json.loads((out / "00002" / "metadata.jsonl").read_text())["tag"] == "colors"
     draw(made, tmp_path / "usual", prompts=prompts, steps=1)
     assert len(list(tmp_path.glob("usual/*/samples/*.png"))) == 12
 
@@ -124,6 +136,8 @@ def test_prompts_and_what_guidance_leads_away_from(made, tmp_path, capsys):
     "name, content, message",
     [
         ("a.txt", "a cat\n\na\x07 dog\n", r"--prompts=.*a\.txt, line 3: .*control character '\\x07'"),
+        ("a.txt", "a\x0bcat\n", r"line 1: .*control character '\\x0b'"),
+        ("a.jsonl", "[" * 100_000, "line 1: expected is JSON"),
         ("a.txt", "x" * 10_001, "line 1: .*has 10,001 characters; at most 10,000"),
         ("a.txt", " \n\n", "holds no prompt; expected is a .txt"),
         ("a.txt", b"\xff\xfe", "is no text in UTF-8"),
@@ -149,6 +163,7 @@ def test_bad_prompts_are_named_with_their_place(tmp_path, name, content, message
         (Asked(prompt=("a",), per_class=1), "--per-class is for networks of classes"),
         (Asked(prompt=("a",), per_prompt=0), "--per-prompt=0 must be at least 1"),
         (Asked(prompt=("a",), per_prompt=2, num=3), "--per-prompt=2 contradicts --num=3"),
+        (Asked(prompts=""), "--prompts is empty"),
         (Asked(prompt=("a",), negative="b\x00"), "--negative: .*control character"),
         (Asked(prompts="/nowhere/a.txt"), "/nowhere/a.txt cannot be read"),
     ],
@@ -159,7 +174,7 @@ def test_flags_that_do_not_fit_a_network_of_text(asked, message):
 
 
 def test_flags_of_text_do_not_fit_a_network_of_classes():
-    for asked in (Asked(prompt=("a",)), Asked(prompts="a.txt"), Asked(per_prompt=2)):
+    for asked in (Asked(prompt=("a",)), Asked(prompts="a.txt"), Asked(per_prompt=2), Asked(text_encoder="x")):
         with pytest.raises(UsageError, match="is for networks that are told text; this one knows classes: --labels"):
             read_requests(ClassLabels(10), (), asked)
 
@@ -174,16 +189,24 @@ def test_layouts_that_do_not_fit_and_encoders_that_are_others(made, tmp_path):
         with pytest.raises(UsageError, match=message):
             draw(made, tmp_path / "none", **changes)
     prompts = write_dpg(tmp_path / "prompts")
-    for changes, message in (
-        ({"per_prompt": 3}, "takes 4 images of a prompt, or 1; --per-prompt=3"),
-        ({"num": 5, "layout": "dpg"}, "as many images of each prompt"),
-        ({"image_size": "16x24"}, "takes square images, not 16×24"),
+    for k, (changes, message) in enumerate(
+        (
+            ({"per_prompt": 3}, "takes 4 images of a prompt, or 1; --per-prompt=3"),
+            ({"num": 5}, "as many images of each prompt"),
+            ({"image_size": "16x24"}, "takes square images, not 16×24"),
+        )
     ):
         with pytest.raises(UsageError, match=message):
-            draw(made, tmp_path / "none", prompts=prompts, **changes)
+            draw(made, tmp_path / "none", prompts=prompts, layout="dpg", **changes)
+        draw(made, tmp_path / f"plain{k}", prompts=prompts, steps=1, **changes)  # nobody has asked for that layout
+        assert sorted(path.name for path in (tmp_path / f"plain{k}").iterdir() if path.name != ".lease") == [
+            "generation.json",
+            "prompts.jsonl",
+            "samples.npz",
+        ]
     assert not (tmp_path / "none").exists() or not list((tmp_path / "none").glob("*.npy"))
     draw(made, tmp_path / "out", prompt=["a red circle"], layout="png", steps=1)
     other = write_encoder(tmp_path / "other", words=["red", "a", "blue", "circle", "<|endoftext|>", "[UNK]"])
     (tmp_path / "out" / "samples.npz").unlink()
-    with pytest.raises(UsageError, match="text_encoder: .*there, .*other here"):
+    with pytest.raises(UsageError, match="text_encoder_digest: .*there, .* here"):
         draw((made[0], other), tmp_path / "out", prompt=["a red circle"], layout="png", steps=1)

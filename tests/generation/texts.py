@@ -40,8 +40,8 @@ def write_text_network(path, seed=0):
     return str(path)
 
 
-def write_geneval(path):
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in GENEVAL))
+def write_geneval(path, lines=GENEVAL):
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return str(path)
 
 

@@ -315,7 +315,10 @@ def test_the_text_conditional_network_opens_computes_and_converts(tmp_path):
     assert relative_error(out.numpy(), g["out"]) < 2e-5
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "text-to-image" in card and "| text | 12 tokens of 48 channels; 2 blocks of their own |" in card
-    assert "prompt_embeds=text" in card
+    call = "prompt='a photo of a cat', num_inference_steps=50, guidance_scale=1.0"
+    index = json.loads((tmp_path / "hf" / "model_index.json").read_text())
+    assert (index["text_encoder_name"], index["text_encoder_dtype"]) == ("Qwen/Qwen3-1.7B", "float32")
+    assert call in card and "| text encoder | Qwen/Qwen3-1.7B |" in card
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import time
 import jax
 
 from deco_jax import cli
-from deco_jax.preparation import teacher
+from deco_jax.preparation import arrays
 
 jax.config.update("jax_disable_most_optimizations", True)
-teacher.FILE_BYTES, compute = 4 * 4 * 64 * 2 + 1, teacher._compute
+arrays.FILE_BYTES, compute = 4 * 4 * 64 * 2 + 1, arrays._compute
 
 
 def compute_slowly(*arguments):
@@ -18,6 +18,6 @@ def compute_slowly(*arguments):
         yield features
 
 
-teacher._compute = compute_slowly
+arrays._compute = compute_slowly
 if __name__ == "__main__":  # and not in a process that reads for it
     cli.main()

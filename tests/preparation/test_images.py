@@ -19,12 +19,13 @@ from PIL import Image
 
 from deco_jax import cli, storage
 from deco_jax.data.features import Contents as FeatureContents
-from deco_jax.data.features import StoredFeatures, features_file
+from deco_jax.data.features import StoredFeatures
 from deco_jax.data.pipeline import BadRecords, batches, fingerprint
 from deco_jax.data.prepared import MANIFEST, PARTIAL, images_file, info_file
 from deco_jax.data.records import compare
 from deco_jax.data.sources import open_source
-from deco_jax.data.transforms import center_crop
+from deco_jax.data.stored import array_file
+from deco_jax.data.transforms import square_crop
 from deco_jax.errors import TransientError, UsageError
 from deco_jax.preparation import folder as folder_rules
 from deco_jax.preparation import images as prepare
@@ -134,7 +135,7 @@ def test_a_record_is_the_label_and_the_crop(config, photos, tmp_path, capsys):
                     white = Image.new("RGBA", image.size, "white")
                     turned = Image.alpha_composite(white, image)
                 np.testing.assert_array_equal(
-                    np.cumsum(differences, axis=1) % 256, center_crop(turned.convert("RGB"), SIZE), name
+                    np.cumsum(differences, axis=1) % 256, square_crop(turned.convert("RGB"), SIZE), name
                 )
     assert number == RECORDS
 
@@ -173,7 +174,7 @@ def test_the_teachers_features_lie_beside_them(config, tmp_path):
     folder, source = tmp_path / "features", open_source(config.data)
     folder.mkdir()
     about = FeatureContents(source.identity, RECORDS, RECORDS, 1, 1, SIZE, 16, "digest", decoding=source.decoding)
-    np.save(features_file(folder, 0), np.arange(RECORDS, dtype=np.float16)[:, None, None])
+    np.save(array_file("features", folder, 0), np.arange(RECORDS, dtype=np.float16)[:, None, None])
     (folder / "features.json").write_text(json.dumps(about.__dict__ | {"bad": []}))
     features = StoredFeatures(folder)
     prepared = from_prepared(config, tmp_path / "images")
@@ -392,7 +393,10 @@ def test_the_command(config, tmp_path, capsys):
     assert f"{out} is done: 14 images" in capsys.readouterr().out
     for wrong, message in (
         ([*command, "--config.data.image_size=32"], "image_size: 16 there, 32 here"),
-        ([part for part in command if part != "--images"], "one of the arguments --images --teacher is required"),
+        (
+            [part for part in command if part != "--images"],
+            "arguments --images --teacher --text is required",
+        ),
         ([*command, "--teacher"], "not allowed with argument --images"),
         (["--teacher" if part == "--images" else part for part in [*command, "--verify"]], "--verify is for --images"),
     ):

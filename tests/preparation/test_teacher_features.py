@@ -18,20 +18,22 @@ from safetensors.numpy import save_file
 
 from deco_jax import cli, storage
 from deco_jax.conditions import ClassLabels
-from deco_jax.data.features import COMPLETE, PARTIAL, Contents, StoredFeatures, features_file, open_features
+from deco_jax.data.features import Contents, StoredFeatures, open_features
 from deco_jax.data.pipeline import BadRecords, batches
 from deco_jax.data.sources import open_source
+from deco_jax.data.stored import array_file
 from deco_jax.diffusion.flow import to_float
 from deco_jax.diffusion.objective import alignment_loss
 from deco_jax.encoders.teacher import load_teacher
 from deco_jax.errors import TransientError, UsageError
+from deco_jax.preparation import arrays, teacher
 from deco_jax.preparation import folder as folder_rules
-from deco_jax.preparation import teacher as prepare
 from deco_jax.preparation.teacher import prepare_teacher
 from tests.helpers import programs, random_dinov2
 from tests.preparation.running import end_of, wait_for, write_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
+COMPLETE, PARTIAL = "features.json", "features.partial.json"
 TOKENS, WIDTH = 4, 64  # of images of 32² and the teacher here
 RECORDS, A_FILE = 10, 4
 
@@ -78,7 +80,7 @@ def config(made, tiny_config):
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch):
     """Ten records are three files."""
-    monkeypatch.setattr(prepare, "FILE_BYTES", A_FILE * TOKENS * WIDTH * 2 + 1)
+    monkeypatch.setattr(arrays, "FILE_BYTES", A_FILE * TOKENS * WIDTH * 2 + 1)
 
 
 def files_of(folder):
@@ -106,7 +108,7 @@ def test_stored_features_are_those_the_teacher_computes(config, tmp_path, capsys
         COMPLETE,
     ]
     assert "0.000 GB in 3 files; 3 are to be made" in capsys.readouterr().out
-    arrays = [np.load(features_file(folder, k), mmap_mode="r", allow_pickle=False) for k in range(3)]
+    arrays = [np.load(array_file("features", folder, k), mmap_mode="r", allow_pickle=False) for k in range(3)]
     assert [(x.shape, x.dtype.name) for x in arrays] == [((rows, TOKENS, WIDTH), "float16") for rows in (4, 4, 2)]
     expected = directly(config)
     assert np.ptp(expected) > 1, "constant features would agree with anything"
@@ -133,13 +135,13 @@ class Cut(Exception):
 
 
 def cut_short(monkeypatch, after):
-    read_ahead = prepare.read_ahead
+    read_ahead = arrays.read_ahead
 
     def reads_some(dataset, workers):
         yield from itertools.islice(read_ahead(dataset, workers), after)
         raise Cut
 
-    monkeypatch.setattr(prepare, "read_ahead", reads_some)
+    monkeypatch.setattr(arrays, "read_ahead", reads_some)
 
 
 def test_a_second_start_makes_what_is_missing_and_nothing_else(config, tmp_path, monkeypatch):
@@ -166,7 +168,7 @@ def test_a_file_that_was_removed_is_made_again(config, tmp_path):
     """What to do about a file that a disk has damaged, as the reader's error says."""
     prepare_teacher(config, str(tmp_path), batch_size=8)
     before = files_of(tmp_path)
-    path = features_file(tmp_path, 1)
+    path = array_file("features", tmp_path, 1)
     path.write_bytes(before[path.name][1][:-1])
     config.teacher.stored = str(tmp_path)
     with pytest.raises(
@@ -184,11 +186,11 @@ def test_a_file_that_was_removed_is_made_again(config, tmp_path):
 
 def small_folder(folder, config, **changes):
     """A folder that holds two of three files."""
-    _, _, contents = prepare._open(config, 8, folder)
+    contents = teacher._open(config, 8, folder).contents
     folder.mkdir()
     storage.write_json(folder / PARTIAL, contents.__dict__ | changes)
     for k in range(2):
-        np.save(features_file(folder, k), np.zeros(contents.shape(k), np.float16))
+        np.save(array_file("features", folder, k), np.zeros(contents.shape(k), np.float16))
 
 
 def test_features_of_something_else_are_left_alone(config, made, tmp_path):
@@ -288,13 +290,13 @@ def test_unreadable_images_have_no_features(config, tmp_path, caplog):
     for _ in ("in one start", "the first counts as well"):
         with pytest.raises(UsageError, match=rf"2 records cannot be read, the last {broken[9]}; .*=1 allows"):
             prepare_teacher(config, str(out), batch_size=8)
-        assert not features_file(out, 2).exists() and not (out / COMPLETE).exists()
+        assert not array_file("features", out, 2).exists() and not (out / COMPLETE).exists()
     config.data.max_bad_records = 2
     with caplog.at_level("WARNING", logger="absl"):
         prepare_teacher(config, str(out), batch_size=8)
     assert all(str(path) in caplog.text for path in broken.values())
     assert json.loads((out / COMPLETE).read_text())["bad"] == [2, 9]
-    stored = np.concatenate([np.load(features_file(out, k)) for k in range(3)])
+    stored = np.concatenate([np.load(array_file("features", out, k)) for k in range(3)])
     assert [bool(np.isnan(row).all()) for row in stored] == [record in broken for record in range(RECORDS)]
     assert np.isfinite(np.delete(stored, [2, 9], axis=0)).all()
 
@@ -331,7 +333,7 @@ class Numbers:
     def __len__(self):
         return RECORDS
 
-    def load(self, index):
+    def load(self, index, offset=None):
         if index in self.unreadable:
             raise OSError(f"{index} is broken")
         return {"image": np.full((32, 32, 3), index, np.uint8), "label": np.int32(index)}
@@ -346,7 +348,10 @@ def numbered(folder, **changes):
     contents = Contents("numbers", RECORDS, A_FILE, TOKENS, WIDTH, 32, 16, "digest")
     for k in range(contents.files):
         rows = np.arange(A_FILE * k, A_FILE * k + contents.shape(k)[0])
-        np.save(features_file(folder, k), np.broadcast_to(rows[:, None, None], contents.shape(k)).astype(np.float16))
+        np.save(
+            array_file("features", folder, k),
+            np.broadcast_to(rows[:, None, None], contents.shape(k)).astype(np.float16),
+        )
     (folder / COMPLETE).write_text(json.dumps(contents.__dict__ | {"bad": [5]} | changes))
     return folder
 
@@ -406,7 +411,7 @@ def test_features_of_other_data_or_another_run_are_refused(config, tmp_path):
     ):
         config.teacher.stored = str(numbered(tmp_path, **change))
         if "records_a_file" in change:
-            features_file(tmp_path, 2).touch()
+            array_file("features", tmp_path, 2).touch()
         with pytest.raises(UsageError, match=message):
             open_features(config, Numbers())
 
@@ -426,7 +431,7 @@ def test_what_is_no_folder_of_features_says_how_to_make_one(config, tmp_path):
 
 def test_pickles_are_not_opened(config, tmp_path):
     """A folder of features may come from a stranger."""
-    np.save(features_file(numbered(tmp_path), 1), np.full((4, TOKENS, WIDTH), None))
+    np.save(array_file("features", numbered(tmp_path), 1), np.full((4, TOKENS, WIDTH), None))
     config.teacher.stored = str(tmp_path)
     with pytest.raises(UsageError, match=r"features-00001.npy holds \(4, 4, 64\) object"):
         open_features(config, Numbers())
@@ -450,7 +455,7 @@ def start(config, tmp_path):
 
 
 def arrays_of(folder):
-    return np.concatenate([np.load(io.BytesIO(features_file(folder, k).read_bytes())) for k in range(3)])
+    return np.concatenate([np.load(io.BytesIO(array_file("features", folder, k).read_bytes())) for k in range(3)])
 
 
 @pytest.mark.slow
@@ -461,13 +466,13 @@ def test_a_bucket_gets_the_same_features_after_a_stop(config, start, bucket, tmp
     out = storage.to_path(f"{bucket.url}/features-{number}")
     bucket.faults(share=0.1)
     process = start(out, 1.0, "--config.data.workers=1", **bucket.env)
-    wait_for(features_file(out, 0))
+    wait_for(array_file("features", out, 0))
     process.send_signal(number)
     ended, output = end_of(process)
     assert ended == code and "Traceback" not in output, output
     if code == 0:
         assert f"2 shards are missing in {out}. The same command goes on from there." in output
-    assert not features_file(out, 1).exists(), "a file that was cut off has a name"
+    assert not array_file("features", out, 1).exists(), "a file that was cut off has a name"
     code, output = end_of(start(out, **bucket.env))
     assert code == 0 and "2 are to be made" in output, output
     assert bucket.counts()["503"] > 0
@@ -525,7 +530,10 @@ def test_the_command(config, tmp_path, capsys):
             [*command, "--config.data.image_size=16"],
             "tokens: 4 there, 1 here; image_size: 32 there, 16 here",
         ),
-        ([part for part in command if part != "--teacher"], "one of the arguments --images --teacher is required"),
+        (
+            [part for part in command if part != "--teacher"],
+            "arguments --images --teacher --text is required",
+        ),
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main(wrong)

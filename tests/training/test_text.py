@@ -8,10 +8,16 @@ import pytest
 from PIL import Image
 
 import deco_jax
+from deco_jax.data import pipeline
 from deco_jax.errors import UsageError
+from deco_jax.parallel import mesh as meshes
+from deco_jax.preparation.text import prepare_text
+from deco_jax.training import start
 from deco_jax.training.loop import train
 from tests.encoders.test_text import write_encoder
+from tests.helpers import relative_error
 from tests.training.test_loop import assert_same, final_state, logged
+from tests.training.test_step import shaken
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 pytest.importorskip("tokenizers")
@@ -124,3 +130,83 @@ def test_prompts_decide_after_a_little_training(config, tmp_path):
         for name in COLOURS
     )
     assert red[0] - red[2] > blue[0] - blue[2], json.dumps([red.tolist(), blue.tolist()])
+
+
+# --- stored states
+
+
+@pytest.fixture
+def stored(config, tmp_path):
+    """Where the states of all captions lie."""
+    prepare_text(config, str(tmp_path / "states"), batch_size=5)
+    return str(tmp_path / "states")
+
+
+def loss_and_gradient(config, folder, turned=0):
+    """Of the first batch, of a network that listens; `turned`: each example gets the caption of so many before it.
+
+    The gradient is that of the matrix through which all text goes.
+    """
+    parts = start.open_parts(config, folder)
+    frozen = {weights.network.name: weights.place(parts.layout) for weights in parts.frozen}
+    batch = next(pipeline.batches(config.data, 0, parts.source, 0, None, None, parts.tokenizer, parts.states))
+    del batch["bad"]
+    name = "tokens" if parts.states is None else "text"
+    batch[name] = np.roll(batch[name], turned, axis=0)
+    with meshes.use_mesh(parts.layout):
+        found, losses = jax.jit(parts.train_step.gradients)(shaken(parts.train_step), batch, frozen)
+    return float(losses["loss"]), np.asarray(found["network"]["text_embedding"]["in"]["kernel"])
+
+
+def test_stored_states_teach_what_the_encoder_does(config, stored, tmp_path):
+    """In fp32 they differ by bfloat16's last bit, which is little beside what another caption changes."""
+    config.flow.null_probability = 0.5  # dropped examples have the stored state of the empty prompt
+    live, gradient = loss_and_gradient(config, tmp_path)
+    config.text.stored = stored
+    loss, other = loss_and_gradient(config, tmp_path)
+    _, of_others = loss_and_gradient(config, tmp_path, turned=1)
+    assert relative_error(of_others, gradient) > 0.02, "captions would not matter"
+    assert abs(loss - live) < 1e-5 * live
+    assert relative_error(other, gradient) < 2**-8
+
+
+def test_a_run_may_change_to_stored_states(config, stored, tmp_path, capsys):
+    """Their hash is the encoder's. The grid shows the same prompts; what is trained is nearly the same."""
+    config.train.update(steps=2, save_every=1)
+    train(config, str(tmp_path / "live"))
+    for config.train.steps, config.text.stored in ((1, ""), (2, stored)):
+        train(config, str(tmp_path / "changed"))
+    assert f"Changed since the checkpoint: text.stored:  there, {stored} here" in capsys.readouterr().out
+    losses = [[line["loss"] for line in logged(tmp_path / name)] for name in ("live", "changed")]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    grids = [next((tmp_path / name / "samples").glob("*2.png")) for name in ("live", "changed")]
+    live, changed = (np.asarray(Image.open(grid)).astype(int) for grid in grids)
+    assert np.abs(changed - live).max() <= 1
+
+
+def test_with_stored_states_the_encoder_is_for_grids_alone(config, stored, tmp_path, capsys):
+    """Without grids it need not be there; with workers and a second start the run is the same to the bit."""
+    config.text.update(stored=stored, encoder="/nowhere")
+    with pytest.raises(UsageError, match="is no file or folder.*Grids of samples need it.*train.sample_every=0"):
+        train(config, str(tmp_path / "refused"))
+    config.train.sample_every = 0
+    train(config, str(tmp_path / "straight"))
+    assert f"told the states in {stored} (384 parameters)" in capsys.readouterr().out
+    config.train.steps = 2
+    train(config, str(tmp_path / "resumed"))
+    config.train.steps, config.data.workers = 4, 1
+    train(config, str(tmp_path / "resumed"))
+    assert_same(final_state(tmp_path / "straight"), final_state(tmp_path / "resumed"))
+
+
+def test_stored_states_that_do_not_fit(config, stored, tmp_path):
+    config.text.stored = stored
+    other = config.copy_and_resolve_references()
+    other.text.encoder = write_encoder(tmp_path / "other", words=["red", "a", "blue", "circle", "<|endoftext|>"])
+    with pytest.raises(UsageError, match=r"of another encoder than text.encoder=.*other with .*: \S+ there, \S+ here"):
+        train(other, str(tmp_path / "run"))
+    classes = config.copy_and_resolve_references()
+    classes.model.kind, classes.data.source = "deco", "digits"
+    classes.data.image_size = 32
+    with pytest.raises(UsageError, match="is of captions, and model.kind='deco' learns from class labels"):
+        train(classes, str(tmp_path / "run"))

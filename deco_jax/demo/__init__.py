@@ -1,0 +1,1 @@
+"""A page on which people draw images with a trained network."""
