@@ -22,7 +22,9 @@ import numpy as np
 from deco_jax.config import default_config
 from deco_jax.encoders.dinov2.model import DINOv2
 from deco_jax.encoders.frozen import FrozenWeights
+from deco_jax.encoders.qwen3.model import Qwen3
 from deco_jax.encoders.teacher import teacher_of
+from deco_jax.encoders.text import encoder_of
 from deco_jax.parallel import mesh as meshes
 from deco_jax.sampling.sample import image_noise, sample
 from deco_jax.training.start import abstract_state, check_devices
@@ -30,6 +32,8 @@ from deco_jax.training.step import jit_step, make_train_step
 
 BATCH, SIDE, SETTINGS = 16, 28, {"steps": 3, "guidance": 2.0, "guidance_interval": (0.3, 1.0)}
 TEACHER = DINOv2(24, 2, 2, patch_size=14, image_patch=7, table_side=3, dtype=np.dtype("float32"))
+ENCODER = Qwen3(16, 2, 4, 32, kv_heads=2, head_dim=8, vocabulary=64, padding=1, dtype=np.dtype("float32"))
+TEXT = {"model.kind": "deco_text", "model.text_tokens": 6, "model.text_features": 16, "model.text_depth": 1}
 CASES = {  # settings that differ from the reference's
     "data": {"mesh.preset": "data"},
     "fsdp": {"mesh.preset": "fsdp"},
@@ -41,6 +45,10 @@ CASES = {  # settings that differ from the reference's
         "model.remat": "dots",
         "model.scan": False,
     },
+}
+TEXT_CASES = {  # of a network that is told text, against TEXT on one device
+    "text, fsdp": TEXT | {"mesh.preset": "fsdp"},
+    "text, fsdp_tensor": TEXT | {"mesh.preset": "fsdp_tensor"},
 }
 
 
@@ -69,8 +77,10 @@ def any_state(abstract):
 def compute(changes, devices):
     """One step's metrics and first moments (a tenth of the gradients), and images; another step; the layout."""
     config = make_config(changes)
-    teacher, layout = teacher_of(TEACHER, config), meshes.make_layout(config.mesh, devices)
-    train_step, mesh = make_train_step(config, [teacher]), layout.mesh
+    networks, layout = [teacher_of(TEACHER, config)], meshes.make_layout(config.mesh, devices)
+    if config.model.kind == "deco_text":
+        networks.append(encoder_of(ENCODER, np.full(6, -1), "Qwen3"))
+    train_step, mesh = make_train_step(config, networks), layout.mesh
     check_devices(config, mesh)
     abstract = abstract_state(train_step, layout)
     state = any_state(abstract)
@@ -79,17 +89,23 @@ def compute(changes, devices):
         "image": rng.integers(0, 256, (BATCH, SIDE, SIDE, 3), np.uint8),
         "label": rng.integers(0, 10, BATCH).astype(np.int32),
     }
+    asked, more = np.arange(BATCH) % 10, {}
+    if config.model.kind == "deco_text":
+        batch["tokens"] = np.where(np.arange(6) < rng.integers(0, 7, (BATCH, 1)), batch.pop("label")[:, None], -1)
+        asked, more["negative"] = rng.normal(size=(2, BATCH, 6, 16)).astype(np.float32)
     noise = image_noise(jax.random.key(0), np.arange(BATCH), (SIDE, SIDE, 3))
     with meshes.use_mesh(layout):
         noise = jax.device_put(noise, meshes.batch_sharding(mesh))
-        images = sample(train_step.network, state.ema, np.arange(BATCH) % 10, noise=noise, **SETTINGS)
+        images = sample(train_step.network, state.ema, asked, noise=noise, **SETTINGS, **more)
         images = meshes.fetch(images, mesh)
         step = jit_step(train_step, abstract, layout)
         placed = meshes.place_batch(batch, mesh, np.arange(BATCH), BATCH)
         messages = meshes.place_messages(0, np.full(BATCH, -1), mesh, np.arange(BATCH), BATCH)
-        shapes = teacher.abstract_params(layout)
-        params = jax.tree.map(lambda p: rng.normal(0, 0.2, p.shape).astype(np.float32), shapes)
-        frozen = {"teacher": FrozenWeights.of(teacher, params).place(layout)}
+        frozen = {}
+        for network in networks:
+            shapes = network.abstract_params(layout)
+            params = jax.tree.map(lambda p: rng.normal(0, 0.2, p.shape).astype(np.float32), shapes)
+            frozen[network.name] = FrozenWeights.of(network, params).place(layout)
         state, metrics, _ = step(state, placed, messages, frozen)
     results = jax.device_get((metrics, state.opt_state[0].mu))
     return results, images, lambda: step(state, placed, messages, frozen)[0], layout
@@ -114,6 +130,8 @@ def main():
     meshes.SMALL = 0  # split whatever divides, also in a tiny network
     reference = compute({}, jax.devices()[:1])[:2]
     table = {name: errors(reference, compute(changes, jax.devices())[:2]) for name, changes in CASES.items()}
+    reference = compute(TEXT, jax.devices()[:1])[:2]
+    table |= {name: errors(reference, compute(changes, jax.devices())[:2]) for name, changes in TEXT_CASES.items()}
     print("| against one device | metrics | gradients | images |\n|---|---|---|---|")
     for name, row in table.items():
         print(f"| {name} | {row['metrics']:.1e} | {row['gradients']:.1e} | {row['images']:.1e} |")

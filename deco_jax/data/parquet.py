@@ -84,7 +84,7 @@ class Parquet:
         self._sizes = [size for *_, size in ends]
         self._digest = hashlib.sha256(json.dumps([self.wording.field, per_file]).encode()).hexdigest()
         self.identity = f"parquet {self._digest}"
-        self._groups = Kept(GROUPS)
+        self._groups, self._texts = Kept(GROUPS), Kept(GROUPS)
         self._footers = Kept(FOOTERS)
 
     def __len__(self) -> int:
@@ -92,18 +92,20 @@ class Parquet:
 
     def load(self, index: int, offset: float | None = None) -> Record:
         """See `Source`."""
-        images, captions, row = self._row(index)
-        content = images[row].as_py()
+        group, row = self._place(index)
+        table = self._groups.get(group.number, lambda: self._read(group, IMAGE, self.wording.field))
+        content = table[IMAGE][row].as_py()
         if isinstance(content, dict):
             content = content[BYTES]
         if content is None:
             raise ValueError("it has no image")
-        return {"image": self.decoder(content, offset), "caption": self.wording(captions[row].as_py())}
+        return {"image": self.decoder(content, offset), "caption": self.wording(table[self.wording.field][row].as_py())}
 
     def caption(self, index: int) -> str:
-        """Of a record; raises as `load` does."""
-        _, captions, row = self._row(index)
-        return self.wording(captions[row].as_py())
+        """Of a record, whose image is not read; raises as `load` does."""
+        group, row = self._place(index)
+        table = self._texts.get(group.number, lambda: self._read(group, self.wording.field))
+        return self.wording(table[self.wording.field][row].as_py())
 
     def describe(self, index: int) -> str:
         """See `Source`."""
@@ -133,18 +135,12 @@ class Parquet:
         number = int(np.searchsorted(self.starts, index, "right")) - 1
         return self.groups[number], int(index - self.starts[number])
 
-    def _row(self, index: int) -> tuple[Any, Any, int]:
-        """Columns of images and of captions of a group, and the record's row in them."""
-        group, row = self._place(index)
-        table = self._groups.get(group.number, lambda: self._read(group))
-        return table[IMAGE], table[self.wording.field], row
-
-    def _read(self, group: Rows) -> Any:
+    def _read(self, group: Rows, *columns: str) -> Any:
         path, size = f"{self.root}/{self.files[group.file]}", self._sizes[group.file]
         try:
             footer = self._footers.get(group.file, lambda: _open(path, size).metadata)
             with _open(path, size, footer) as file:
-                return file.read_row_group(group.group, [IMAGE, self.wording.field], use_threads=False)
+                return file.read_row_group(group.group, list(columns), use_threads=False)
         except FileNotFoundError as error:  # no fault of the record
             raise UsageError(f"{path} is not there any more.") from error
 

@@ -30,6 +30,11 @@ class Tokenizer:
         self.digest = hashlib.sha256(_read(path)).hexdigest()[:16]
         self.size = _load(path, length).get_vocab_size(with_added_tokens=True)
 
+    @property
+    def special(self) -> int:
+        """How many tokens each prompt has beside its own, such as [CLS] and [SEP]."""
+        return _load(self.path, self.length).num_special_tokens_to_add(False)
+
     def number(self, token: str) -> int:
         """Of a token by its name; KeyError if there is none."""
         found = _load(self.path, self.length).token_to_id(token)

@@ -58,7 +58,7 @@ class FrozenWeights:
 
     @classmethod
     def of(cls, network: Frozen, params: Any) -> "FrozenWeights":
-        """From fp32 parameters."""
+        """From parameters, fp32 or of the dtype in which the network takes them."""
         dtype = network.module.dtype
         cast = jax.tree_util.tree_map_with_path(lambda path, x: np.asarray(x, stored_dtype(path, dtype)), params)
         return cls(network, cast, digest_of(params))
@@ -79,9 +79,9 @@ def stored_dtype(path: tuple[Any, ...], dtype: jnp.dtype) -> jnp.dtype:
 
 
 def digest_of(params: Any) -> str:
-    """A hash of fp32 parameters: 16 hexadecimal digits."""
+    """A hash of parameters as fp32 numbers, whatever they are kept in: 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for path, value in jax.tree_util.tree_leaves_with_path(params):
         digest.update(f"{jax.tree_util.keystr(path)} {value.shape}".encode())
-        digest.update(np.ascontiguousarray(value).view(np.uint8))
+        digest.update(np.ascontiguousarray(value, np.float32).view(np.uint8))
     return digest.hexdigest()[:16]

@@ -28,6 +28,7 @@ from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel.mesh import Layout
 
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors.index.json", "*.safetensors")
+PADDING = {Qwen3: "<|endoftext|>", MiniLM: "[PAD]"}
 WHERE = (
     "Upstream's text encoder is Qwen/Qwen3-1.7B (Apache-2.0) of Hugging Face: a folder with config.json, "
     "model.safetensors (or its parts and their index) and tokenizer.json."
@@ -75,15 +76,20 @@ def load_text_encoder(
     if not path.is_dir():
         raise UsageError(f"text.encoder={name!r} is no folder. {WHERE}")
     tokenizer = Tokenizer(path / "tokenizer.json", tokens)
+    if tokens <= tokenizer.special:
+        raise UsageError(f"{tokens} tokens are too few for a prompt: the tokenizer adds {tokenizer.special} to each.")
     read = read_minilm if _is_bert(path) else read_qwen3
     module, params = read(path, jnp.dtype(dtype))
-    module = module.clone(padding=_padding(path, tokenizer, module.padding))
+    module = module.clone(padding=_padding(path, tokenizer, module))
     if max(tokenizer.size, module.padding + 1) > module.vocabulary:
         raise UsageError(
             f"{path}: its tokenizer has {tokenizer.size:,} tokens, its network a table for {module.vocabulary:,}; "
             "they do not belong together."
         )
-    return _encoder(module, params, tokenizer, name)
+    if isinstance(module, MiniLM) and tokens > module.places:
+        raise UsageError(f"text.encoder={name!r} takes prompts of at most {module.places:,} tokens, not {tokens:,}.")
+    weights = FrozenWeights.of(encoder_of(module, tokenizer([""])[0], name), params)
+    return TextEncoder(dataclasses.replace(weights, digest=f"{weights.digest}-{tokenizer.digest}"), tokenizer)
 
 
 def load_run_encoder(config: ConfigDict) -> TextEncoder:
@@ -99,8 +105,8 @@ def load_run_encoder(config: ConfigDict) -> TextEncoder:
             f"text.encoder={config.text.encoder} has states of {module.width} channels, and "
             f"model.text_features={config.model.text_features}; they must be equal."
         )
-    module = _as_the_run(module, config)
-    return _encoder(module, encoder.weights.params, encoder.tokenizer, config.text.encoder)
+    network = encoder_of(_as_the_run(module, config), encoder.tokenizer([""])[0], config.text.encoder)
+    return dataclasses.replace(encoder, weights=dataclasses.replace(encoder.weights, network=network))
 
 
 class EmptyPrompt(nn.Module):
@@ -154,7 +160,8 @@ def default_text_encoder(config: ConfigDict) -> Frozen:
     else:
         widths = ", ".join(f"{width} ({name})" for width, (name, _) in sizes.items())
         raise UsageError(f"model.text_features={features} is no width of a published Qwen3; those are: {widths}.")
-    return _frozen(_as_the_run(module, config), np.full(config.model.text_tokens, NONE, np.int32), config.text.encoder)
+    nothing_L = np.full(config.model.text_tokens, NONE, np.int32)
+    return encoder_of(_as_the_run(module, config), nothing_L, config.text.encoder)
 
 
 def encode_on(network: Frozen, params: Any, layout: Layout, tokens_BxL: np.ndarray) -> np.ndarray:
@@ -170,22 +177,19 @@ def _as_the_run(module: Qwen3 | MiniLM, config: ConfigDict) -> Qwen3 | MiniLM:
     return module.clone(attention=attention, scan=config.model.scan)
 
 
-def _encoder(module: Qwen3 | MiniLM, params: Any, tokenizer: Tokenizer, name: str) -> TextEncoder:
-    weights = FrozenWeights.of(_frozen(module, tokenizer([""])[0], name), params)
-    return TextEncoder(dataclasses.replace(weights, digest=f"{weights.digest}-{tokenizer.digest}"), tokenizer)
-
-
-def _padding(path: pathlib.Path, tokenizer: Tokenizer, default: int) -> int:
-    """The token that stands where there is none, as tokenizer_config.json says."""
-    config = path / "tokenizer_config.json"
-    if not config.is_file():
-        return default
+def _padding(path: pathlib.Path, tokenizer: Tokenizer, module: Qwen3 | MiniLM) -> int:
+    """The token that stands where there is none, as tokenizer_config.json says; without it, as published."""
+    config, said = path / "tokenizer_config.json", None
     try:
-        said = json.loads(config.read_text()).get("pad_token")
-        said = said["content"] if isinstance(said, dict) else said
-        return default if said is None else tokenizer.number(said)
+        if config.is_file():
+            said = json.loads(config.read_text()).get("pad_token")
+            said = said["content"] if isinstance(said, dict) else said
+        return tokenizer.number(PADDING[type(module)] if said is None else said)
     except (ValueError, KeyError, AttributeError) as error:
-        raise UsageError(f"{config} names no padding that its tokenizer has ({error}).") from error
+        raise UsageError(
+            f"{config} names no padding that its tokenizer has ({error}); tokenizer.json and the network may not "
+            "belong together."
+        ) from error
 
 
 def _is_bert(path: pathlib.Path) -> bool:
@@ -193,8 +197,14 @@ def _is_bert(path: pathlib.Path) -> bool:
     return config.is_file() and '"bert"' in config.read_text(errors="replace")
 
 
-def _frozen(module: Qwen3 | MiniLM, nothing_L: np.ndarray, name: str) -> Frozen:
-    """`nothing_L`: tokens of the empty prompt, which stands in for what is dropped."""
+def encoder_of(module: Qwen3 | MiniLM, nothing_L: np.ndarray, name: str) -> Frozen:
+    """An encoder as a part of a step: the tokens of a batch → the states of its prompts.
+
+    Args:
+      module: of the network.
+      nothing_L: tokens of the empty prompt, which stands in for what is dropped.
+      name: for people.
+    """
 
     def prepare(batch: Mapping[str, Array]) -> Array:
         return jnp.where(batch["dropped"][:, None], jnp.asarray(nothing_L), batch["tokens"])

@@ -47,6 +47,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         _use_compilation_cache(config, folder)
         clock = Clock()
         with clock.phase("init"):
+            processes.agree(lambda: start.list_data(config, folder))
             parts = processes.agree(lambda: start.open_parts(config, folder))
             start.check_processes_agree(config, parts)
             layout, mesh, train_step, source = parts.layout, parts.layout.mesh, parts.train_step, parts.source

@@ -62,6 +62,15 @@ class Parts:
         return stored | {weights.network.name: weights.digest for weights in self.frozen}
 
 
+def list_data(config: ConfigDict, workdir: AnyPath) -> None:
+    """Of several processes, the first lists the tars; the others, on its machine or not, then find its index.
+
+    In a bucket this is to read all of them. Arguments and errors as of `open_parts`.
+    """
+    if jax.process_count() > 1 and jax.process_index() == 0 and config.data.source in ("tars", "webdataset"):
+        open_source(config.data, workdir)
+
+
 def open_parts(config: ConfigDict, workdir: AnyPath) -> Parts:
     """Opens all that `config` names; `workdir` gets the index of the images if their folder cannot be written.
 

@@ -180,7 +180,7 @@ def test_other_captions_of_the_same_images_are_told(root):
 
 
 def test_unreadable_records_are_counted(root, caplog):
-    """Broken image, empty caption, no UTF-8: each is replaced by the next, named and counted. Small ones are no fault."""
+    """Broken image, empty caption, no UTF-8: each is replaced by the next, and counted. Small ones are no fault."""
     (root / "a.jpg").write_bytes(b"no image")
     (root / "b.caption").write_text(" \x01\n ")
     (root / "deep/x.y.txt").write_bytes(b"\xff\xfe\xff")

@@ -95,6 +95,7 @@ def test_sampling_from_prompts(encoder):
         (encoder(prompts), {}, "prompts need their encoder"),  # of the empty one, which guidance leads away from
         (encoder(prompts)[:, 1:], {"encoder": encoder}, r"shape \(2, 11, 32\); the network takes \(B, 12, 32\)"),
         (["x" * 10_001, "a"], {"encoder": encoder}, "10,001 characters"),
+        ("ab", {"encoder": encoder}, r"prompts are a list, as \['ab'\]"),
         ([3, 4], {}, r"text has the shape \(2,\)"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -106,11 +107,37 @@ def test_parts_that_do_not_fit(tmp_path):
         load_text_encoder(write_encoder(tmp_path / "a", words=[*WORDS, *map(str, range(64))]))
     with pytest.raises(UsageError, match="names no padding that its tokenizer has"):
         load_text_encoder(write_encoder(tmp_path / "b", pad_token="<pad>"))
-    with pytest.raises(UsageError, match="text.encoder='/nowhere' is no file or folder here.*Qwen/Qwen3-1.7B"):
+    (tmp_path / "b" / "tokenizer_config.json").unlink()
+    assert load_text_encoder(str(tmp_path / "b")).weights.network.module.padding == 4
+    write_encoder(tmp_path / "c", words=["[PAD]", "a", "[UNK]"])  # a BERT's, beside a Qwen3
+    (tmp_path / "c" / "tokenizer_config.json").unlink()
+    with pytest.raises(
+        UsageError, match=r"no padding that its tokenizer has .*<.endoftext.>.* may not belong together"
+    ):
+        load_text_encoder(str(tmp_path / "c"))
+    with pytest.raises(UsageError, match=r"'/nowhere' is no file or folder here, nor in text\.cache=.*Qwen/Qwen3-1.7B"):
         load_text_encoder("/nowhere")
     (tmp_path / "a" / "tokenizer.json").unlink()
     with pytest.raises(UsageError, match="needs its tokenizer.json"):
         load_text_encoder(str(tmp_path / "a"))
+
+
+def test_a_plain_text_is_no_list_of_prompts(encoder):
+    with pytest.raises(UsageError, match=r"prompts are a list, as \['a red circle'\]"):
+        encoder("a red circle")
+
+
+def test_the_hash_is_that_of_the_numbers_whatever_they_are_kept_in(tmp_path):
+    """Published weights are bfloat16, and runs in float32 and bfloat16 listen to the same encoder."""
+    path = tmp_path / "a"
+    write_encoder(path)
+    tensors = safetensors.numpy.load_file(path / "model.safetensors")
+    rounded = {name: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for name, x in tensors.items()}
+    safetensors.numpy.save_file(rounded, path / "model.safetensors")
+    half, full = (load_text_encoder(str(path), dtype=dtype).weights for dtype in ("bfloat16", "float32"))
+    assert half.digest == full.digest
+    dtypes = [{x.dtype for x in jax.tree.leaves(weights.params)} for weights in (half, full)]
+    assert dtypes[0] > dtypes[1] == {np.dtype("float32")}
 
 
 def test_another_tokenizer_is_another_encoder(tmp_path):

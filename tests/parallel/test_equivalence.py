@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from deco_jax.diffusion.flow import draw
+from deco_jax.encoders.text import encoder_of
 from deco_jax.parallel import mesh as meshes
 from deco_jax.training import step as step_module
 from deco_jax.training.start import abstract_state
@@ -46,6 +47,22 @@ def test_a_preset_changes_nothing(reference, name):
     for tree in (state.ema, state.opt_state[0].mu["network"], state.opt_state[0].nu["network"]):
         for a, b in zip(jax.tree.leaves(state.params["network"]), jax.tree.leaves(tree), strict=True):
             assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+
+@pytest.fixture(scope="module")
+def text_reference(quick_compile, split_everything):
+    return equivalence.compute(equivalence.TEXT, jax.devices()[:1])[:2]
+
+
+@pytest.mark.parametrize("name", equivalence.TEXT_CASES)
+def test_a_preset_changes_nothing_of_what_is_told_text(text_reference, name):
+    """The network and its encoder, split by the same rules."""
+    *results, _, layout = equivalence.compute(equivalence.TEXT_CASES[name], jax.devices())
+    measured = equivalence.errors(text_reference, results)
+    assert max(measured.values()) <= 1e-5, measured
+    tables = encoder_of(equivalence.ENCODER, np.full(6, -1), "").abstract_params(layout)
+    split = tables["layers"]["mlp"]["up"]["kernel"]
+    assert split.sharding.shard_shape(split.shape)[1] == 16 // layout.mesh.shape["fsdp"]
 
 
 def test_draws_differ_across_examples_devices_and_accumulation_steps(tiny_config, monkeypatch):

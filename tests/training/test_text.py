@@ -1,5 +1,6 @@
 """Runs that learn from captions: the encoder in the step, resuming, the three stages, and what does not fit."""
 
+import contextlib
 import json
 
 import jax
@@ -68,22 +69,34 @@ def test_a_run_that_is_resumed_is_the_same(config, tmp_path, capsys):
     assert model.condition.tokens == 12
 
 
-def test_the_stages_follow_each_other(config, tmp_path):
+def test_the_three_stages_follow_each_other(config, tmp_path, capsys):
     """256², 512², fine-tuning in small: weights and their average are taken over, the optimiser begins anew."""
-    train(config, str(tmp_path / "one"))
-    before = final_state(tmp_path / "one")[1]
-    config.train.init_from = str(tmp_path / "one")
+    train(config, str(tmp_path / "0"))
     config.data.image_size, config.flow.time_shift = 32, 4.0
     config.optimizer.lr, config.ema.decay = 0.0, 1.0  # so that what is saved is what was taken over
     config.train.steps = 2
-    train(config, str(tmp_path / "two"))
-    after = final_state(tmp_path / "two")[1]
-    taken = [name for name in before if name.startswith(("['ema']", "['params']['network']"))]
-    assert len(taken) > 40
-    for name in taken:
-        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
-    moments = [name for name in before if "'mu'" in name or ".mu" in name]
-    assert moments and any((after[name] != before[name]).any() for name in moments), "the optimiser begins anew"
+    for stage in (1, 2):
+        config.train.init_from = str(tmp_path / f"{stage - 1}")
+        config.optimizer.beta2 = 0.9 + 0.09 * stage
+        train(config, str(tmp_path / f"{stage}"))
+        assert f"starts from {config.train.init_from}" in capsys.readouterr().out
+        (_, before), (step, after) = final_state(tmp_path / f"{stage - 1}"), final_state(tmp_path / f"{stage}")
+        taken = [name for name in before if name.startswith(("['ema']", "['params']['network']"))]
+        assert len(taken) > 40 and step == 2
+        for name in taken:
+            np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+        counts = [int(after[name]) for name in after if "count" in name]
+        assert counts and set(counts) == {2}, "the optimiser begins anew"
+
+
+@pytest.mark.parametrize("process, listed", [(0, True), (1, False)])
+def test_one_process_lists_shards_before_the_others(config, tmp_path, monkeypatch, process, listed):
+    """In a bucket it reads them all."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    config.data.update(source="webdataset", path="/nowhere")
+    with pytest.raises(UsageError, match="does not exist") if listed else contextlib.nullcontext():
+        start.list_data(config, tmp_path)
 
 
 def test_another_encoder_is_another_run(config, made, tmp_path):
