@@ -27,6 +27,7 @@ class Contents(stored.Contents):
     """What the states in a folder are of. NaN stands where a caption was unreadable."""
 
     encoder: str  # hash of its weights and its tokenizer
+    computed: str  # dtype of the encoder's matrix products
     wording: str  # how captions were read: what `data` says about it
     captions: str  # hash of a few of them
     version: int = 1  # of the format
@@ -94,6 +95,11 @@ def open_states(config: ConfigDict, source: Source) -> StoredStates:
         raise UsageError(
             f"{name} was made with [data.caption_field, data.caption_prefix, data.short_caption] = "
             f"{contents.wording}, and the run has {wording}; they must be equal."
+        )
+    if contents.computed != config.model.dtype:
+        raise UsageError(
+            f"{name} was computed with model.dtype={contents.computed}, and the run has {config.model.dtype}; they must "
+            "be equal."
         )
     if captions_of(source) != contents.captions:
         raise UsageError(f"{name} holds states of other captions of these images. Prepare into another folder.")

@@ -59,6 +59,7 @@ def _open(config: ConfigDict, batch_size: int, folder: AnyPath) -> Work:
         tokens=tokens,
         features=width,
         encoder=encoder.weights.digest,
+        computed=config.model.dtype,
         wording=wording_of(config.data),
         captions=captions_of(source),
     )

@@ -50,9 +50,8 @@ def numbered(folder, config, **changes):
     """A whole folder in which the states of record i are full of i, and those of the empty prompt of 10."""
     folder.mkdir(exist_ok=True)
     source = Numbers()
-    contents = Contents(
-        "numbers", RECORDS, A_FILE, TOKENS, WIDTH, "digest", wording_of(config.data), captions_of(source)
-    )
+    how = config.model.dtype, wording_of(config.data), captions_of(source)
+    contents = Contents("numbers", RECORDS, A_FILE, TOKENS, WIDTH, "digest", *how)
     for k in range(3):
         rows = np.arange(A_FILE * k, min(A_FILE * (k + 1), RECORDS + 1))
         states = np.broadcast_to(rows[:, None, None], (len(rows), TOKENS, WIDTH)).astype(ml_dtypes.bfloat16)
@@ -102,6 +101,7 @@ def test_states_of_other_data_or_another_run_are_refused(config, tmp_path):
         ({"bad": [True]}, "states.json is damaged: bad"),
         ({"records_a_file": 5}, r"states-00000.npy holds \(4, 3, 8\) uint16, not \(5, 3, 8\) uint16"),
         ({"wording": '["caption", "a photo of ", 3]'}, r'made with .* = \["caption", "a photo of ", 3\], and the run'),
+        ({"computed": "bfloat16"}, "computed with model.dtype=bfloat16, and the run has float32; they must be equal"),
         ({"captions": "0" * 16}, "holds states of other captions of these images. Prepare into another folder"),
     ):
         config.text.stored = str(numbered(tmp_path, config, **change))
