@@ -180,8 +180,8 @@ def _plain(text: str) -> str:
 class Text:
     """States of a text encoder for a prompt: `tokens` of `features` numbers, those of padding included.
 
-    A batch has the tokens' numbers; in the step the encoder, a frozen network, puts the states beside them. Nothing is
-    the empty prompt, whose states only the encoder knows.
+    A batch has the tokens' numbers, and in the step the encoder, a frozen network, puts the states beside them; or it
+    has stored states, of which the step replaces those that are dropped. Nothing is the empty prompt.
     """
 
     tokens: int  # L

@@ -98,8 +98,8 @@ def open_states(config: ConfigDict, source: Source) -> StoredStates:
         )
     if contents.computed != config.model.dtype:
         raise UsageError(
-            f"{name} was computed with model.dtype={contents.computed}, and the run has {config.model.dtype}; they must "
-            "be equal."
+            f"{name} was computed with model.dtype={contents.computed}, and the run has {config.model.dtype}; "
+            "they must be equal."
         )
     if captions_of(source) != contents.captions:
         raise UsageError(f"{name} holds states of other captions of these images. Prepare into another folder.")
