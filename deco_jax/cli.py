@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = vars(args)
     run, debug = arguments.pop("run"), arguments.pop("debug")
     del arguments["command"]
-    if overrides and run is _call:
+    if overrides and run in (_call, _call_as_process):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     with exit_codes(debug):
         run(overrides, **arguments)
@@ -162,12 +162,8 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     text = "of a network that is told text: what the images show (repeat for several)"
     what.add_argument("--prompt", action="append", default=[], metavar="TEXT", help=text)
-    _add_prompts_file(parser, what)
-
-
-def _add_prompts_file(parser: argparse.ArgumentParser, group: Any = None) -> None:
     text = 'a .txt with a prompt in each line, a .jsonl with {"prompt": …} in each, or a folder of .txt'
-    (group or parser).add_argument("--prompts", metavar="FILE", help=text)
+    what.add_argument("--prompts", metavar="FILE", help=text)
     text = "of the prompts: a folder, a name on Hugging Face, or minilm (default: as the run's configuration says)"
     parser.add_argument("--text-encoder", metavar="NAME", help=text)
 
@@ -299,7 +295,7 @@ def _add_evaluate(commands: Any) -> None:
         help="images to generate (default: 50000, or one of each prompt), or to look at (all)",
     )
     _add_labels(parser)
-    _add_prompts_file(parser)
+    _add_prompts(parser)
     _add_generation(parser)
 
 

@@ -125,7 +125,10 @@ class ClassLabels:
     def check_data(self, offered: "ClassLabels") -> None:
         """Raises UsageError if a network of this condition cannot learn from data that come with the one `offered`."""
         if not isinstance(offered, ClassLabels):
-            raise UsageError(f"the network learns from class labels; the data offers {offered}.")
+            raise UsageError(
+                "the network learns from class labels, and the images of data.source have captions; "
+                "model.kind='deco_text' learns from these."
+            )
         if offered.num_classes > self.num_classes:
             raise UsageError(
                 f"model.num_classes={self.num_classes} is too few; the data has {offered.num_classes} classes."
@@ -219,14 +222,18 @@ class Text:
             requests = encoder(requests)
         shape = np.shape(requests)
         if len(shape) != 3 or shape[1:] != (self.tokens, self.features):
-            raise UsageError(f"text has the shape {shape}; the network takes (B, {self.tokens}, {self.features}).")
+            raise UsageError(
+                f"text has the shape {shape}; the network takes (B, {self.tokens}, {self.features}), as of "
+                f"load_text_encoder(NAME, tokens={self.tokens})."
+            )
         return requests
 
     def check_data(self, offered: Any) -> None:
         """Raises UsageError if a network of this condition cannot learn from data that come with the one `offered`."""
         if not isinstance(offered, Captions):
             raise UsageError(
-                "model.kind='deco_text' learns from captions, and the data have none; choose a data.source."
+                "model.kind='deco_text' learns from captions, and the images of data.source have classes; sources of "
+                "captions are webdataset, parquet and captions."
             )
 
 

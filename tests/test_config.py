@@ -249,6 +249,7 @@ def test_overrides_are_typed():
             "data.source='imagenet' is not known; "
             "allowed: captions, digits, folder, parquet, prepared, tars, tfds, webdataset",
         ),
+        ("--config.data.caption_prefix=photo:", "data.caption_prefix='photo:' is put before captions of fewer words"),
         ("--config.loss.frequency_quality=101", "loss.frequency_quality=101 must be from 1 to 100"),
         ("--config.flow.null_probability=2", "flow.null_probability=2.0 must be from 0 to 1"),
         ("--config.flow.time_shift=0", "flow.time_shift=0.0 must be positive"),

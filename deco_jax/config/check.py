@@ -22,6 +22,11 @@ def check_config(config: ConfigDict) -> None:
     Sampling.from_config(config.sample)
     model, size, p = config.model, config.data.image_size, config.model.patch_size
     build_model(model)
+    if config.data.caption_prefix and not config.data.short_caption:
+        raise UsageError(
+            f"data.caption_prefix={config.data.caption_prefix!r} is put before captions of fewer words than "
+            "data.short_caption, which is 0; set both, or neither."
+        )
     if model.kind == "deco_text":
         if not config.sample.prompts:
             raise UsageError("sample.prompts=() must name at least one prompt, for the rows of sample grids.")

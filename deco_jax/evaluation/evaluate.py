@@ -18,6 +18,7 @@ def evaluate(
     sweep: Sequence[str] = (),
     num: int | None = None,
     labels: str | None = None,
+    prompt: Sequence[str] = (),
     prompts: str | None = None,
     text_encoder: str | None = None,
     seed: int = 0,
@@ -39,7 +40,7 @@ def evaluate(
       feature_weights: "NAME=FILE", see `extract.load_networks`.
       sweep: "guidance=1,2", "guidance_interval=0:1,0.1:1", see `sweep.parse_sweep`; () = one evaluation.
       num: images to draw (None: 50,000), or to look at (None: all).
-      labels, prompts, text_encoder, seed, weights, dtype, batch_size: of what is drawn, see `generate_samples`.
+      labels, prompt, prompts, text_encoder, seed, weights, dtype, batch_size: of what is drawn, see `generate_samples`.
       **sampling: `image_size` and fields of `Sampling`; None = as the run's configuration says.
 
     Returns:
@@ -54,5 +55,7 @@ def evaluate(
     with processes.fail_together():
         fields = processes.agree(lambda: parse_sweep(sweep))  # connects the processes before any of them takes long
         judge = processes.agree(lambda: Judge.open(load_networks(features, feature_weights), reference))
-    request = Request(source, num, labels, prompts, text_encoder, seed, weights, dtype, batch_size, sampling)
+    request = Request(
+        source, num, labels, tuple(prompt), prompts, text_encoder, seed, weights, dtype, batch_size, sampling
+    )
     return measure_sweep(request, judge, out, fields) if fields else measure(request, judge, out)

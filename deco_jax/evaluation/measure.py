@@ -73,6 +73,7 @@ class Request:
     source: str
     num: int | None = None
     labels: str | None = None
+    prompt: tuple[str, ...] = ()
     prompts: str | None = None
     text_encoder: str | None = None
     seed: int = 0
@@ -88,7 +89,13 @@ class Request:
 
 
 def _asked(request: Request) -> Asked:
-    return Asked(request.num, labels=request.labels, prompts=request.prompts, text_encoder=request.text_encoder)
+    return Asked(
+        request.num,
+        labels=request.labels,
+        prompt=request.prompt,
+        prompts=request.prompts,
+        text_encoder=request.text_encoder,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +134,12 @@ def look_into(request: Request, judge: Judge) -> Plan:
         asked |= {"seed": request.seed, "labels": labels, "image_size": list(size)}
         asked |= dataclasses.asdict(settings)
     else:
-        of_networks = {"prompts": request.prompts, "text_encoder": request.text_encoder, **request.sampling}
+        of_networks = {
+            "prompt": request.prompt or None,
+            "prompts": request.prompts,
+            "text_encoder": request.text_encoder,
+            **request.sampling,
+        }
         given = [f"--{name.replace('_', '-')}" for name, value in of_networks.items() if value is not None]
         if given:
             raise UsageError(f"{', '.join(given)} is for networks; {request.source} holds images, already drawn.")
@@ -243,6 +255,7 @@ def _generate(request: Request, plan: Plan, job: Job) -> Images | None:
         f"{job.folder / 'samples'}",
         num=plan.number,
         labels=request.labels,
+        prompt=request.prompt,
         prompts=request.prompts,
         text_encoder=request.text_encoder,
         layout="npz",

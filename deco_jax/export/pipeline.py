@@ -125,6 +125,8 @@ class DeCoPipeline(DiffusionPipeline):
           dtype: of its weights; that of the training unless given. The pipeline's `.to(dtype)` rounds more than these.
         """
         name = str(name or self.config.text_encoder_name)
+        if not name:
+            raise ValueError("nothing says which text encoder this network listens to; pipe.load_text_encoder(NAME).")
         package, *inside = PACKAGES.get(name, ("",))
         if package and (found := importlib.util.find_spec(package)):
             name = str(Path(found.origin).parent.joinpath(*inside))

@@ -12,6 +12,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from deco_jax import storage
 from deco_jax.data.reading import list_files
 from deco_jax.errors import UsageError
 from deco_jax.generation.npz import open_array
+from deco_jax.generation.prompts import Prompt
 from deco_jax.generation.requests import Requests
 from deco_jax.jobs import Job
 from deco_jax.sampling.pictures import save_png
@@ -81,8 +83,9 @@ def choose_layout(kind: str, png: bool, wanted: Requests, image_size: tuple[int,
     if kind in BENCHMARKS:
         if not prompts or wanted.num != each * len(prompts):
             raise UsageError(f"{option} has as many images of each prompt: --prompts and --per-prompt, without --num.")
-        if kind == "geneval" and not all({"tag", "prompt"} <= prompt.values.keys() for prompt in prompts):
-            raise UsageError(f"{option} takes GenEval's prompts, JSON lines with a tag; those of --prompts have none.")
+        without = [k for k, prompt in enumerate(prompts, 1) if not {"tag", "prompt"} <= prompt.values.keys()]
+        if kind == "geneval" and without:
+            raise UsageError(f"{option} takes GenEval's prompts, JSON lines with a tag; prompt {without[0]} has none.")
         if kind == "dpg" and not all(prompt.name for prompt in prompts):
             raise UsageError(f"{option} takes DPG-Bench's prompts, a folder of .txt with one in each.")
         if kind == "dpg" and each not in (1, 4):
@@ -101,6 +104,13 @@ def benchmark_of(wanted: Requests, image_size: tuple[int, int]) -> str:
         return "geneval"
     fits = each in (1, 4) and image_size[0] == image_size[1]
     return "dpg" if fits and all(prompt.name for prompt in prompts) else "npz"
+
+
+def looks_like(prompts: Sequence[Prompt]) -> str:
+    """The benchmark whose prompts these seem to be, whether they fit its layout or not; "" if of none."""
+    if any("tag" in prompt.values for prompt in prompts):
+        return "geneval"
+    return "dpg" if prompts and all(prompt.name for prompt in prompts) else ""
 
 
 def save(folder: AnyPath, layout: Layout, picture: int, images_KxHxWx3: np.ndarray) -> None:

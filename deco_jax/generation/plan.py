@@ -10,7 +10,7 @@ from flax import linen as nn
 from deco_jax.config import build_model
 from deco_jax.encoders.text import TextEncoder
 from deco_jax.generation.folder import check_folder
-from deco_jax.generation.pictures import BENCHMARKS, USUAL, Layout, benchmark_of, choose_layout
+from deco_jax.generation.pictures import BENCHMARKS, USUAL, Layout, benchmark_of, choose_layout, looks_like
 from deco_jax.generation.prompts import open_encoder, warnings_of
 from deco_jax.generation.requests import Asked, Requests, read_requests
 from deco_jax.pretrained.load import Pretrained, open_pretrained
@@ -33,6 +33,7 @@ class Plan:
     settings: Sampling
     layout: Layout | None  # of pictures; None = none
     text_encoder: str | None  # as it was asked for; None = as the run's configuration says
+    is_plain: bool  # whether --layout=npz was asked for
 
     @property
     def num(self) -> int:
@@ -68,14 +69,23 @@ class Plan:
         size = {"image_size": list(self.image_size), "batch_size": self.batch_size}
         return how | {"seed": self.seed} | wanted | size | sampler
 
+    @property
+    def encoder_name(self) -> str:
+        """Of the prompts' encoder."""
+        return self.text_encoder or self.found.config.text.encoder
+
     def open_encoder(self) -> TextEncoder | None:
         """Of the prompts; None if there are none."""
         return open_encoder(self.found, self.text_encoder) if self.wanted.prompts else None
 
     def warnings(self, encoder: TextEncoder | None) -> list[str]:
         """What a user should know of the prompts and their encoder."""
-        texts = [prompt.text for prompt in self.wanted.prompts]
-        return [] if encoder is None else warnings_of(self.found, encoder, texts)
+        if encoder is None:
+            return []
+        told = warnings_of(self.found, encoder, [prompt.text for prompt in self.wanted.prompts])
+        if self.layout is None and not self.is_plain and (name := looks_like(self.wanted.prompts)):
+            told.append(f"These look like prompts for --layout={name}, which says why it does not fit; no pictures.")
+        return told
 
 
 def make_plan(
@@ -108,7 +118,9 @@ def make_plan(
         wanted = read_requests(model.condition, (), dataclasses.replace(asked, per_prompt=USUAL))
     check_folder(out, wanted.num, batch_size, seed)
     chosen, batch_size = choose_layout(kind, png, wanted, size), min(batch_size, wanted.num)
-    return Plan(found, model, weights, wanted, seed, size, batch_size, settings, chosen, asked.text_encoder)
+    return Plan(
+        found, model, weights, wanted, seed, size, batch_size, settings, chosen, asked.text_encoder, layout == "npz"
+    )
 
 
 def summary(plan: Plan, left: Collection[int]) -> str:

@@ -120,6 +120,11 @@ def open_encoder(found: Pretrained, name: str | None) -> TextEncoder:
     """
     config = found.config.copy_and_resolve_references()
     config.text.encoder = name or config.text.encoder
+    if not config.text.encoder:
+        raise UsageError(
+            f"{found} does not say which text encoder its network listens to, one with states of "
+            f"{config.model.text_features} channels; name it: --text-encoder NAME."
+        )
     return load_run_encoder(config)
 
 

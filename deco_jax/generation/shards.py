@@ -113,6 +113,8 @@ def generate_samples(
 
         missing = functools.partial(missing_shards, job.folder, plan)
         left = missing()
+        if not left and plan.wanted.prompts:
+            processes.agree(lambda: _check_encoder(job, plan))
         if processes.broadcast("draw" if left else "pack") == "draw":
             encoder = processes.agree(plan.open_encoder)
             job.say("\n".join([summary(plan, left), *plan.warnings(encoder)]))
@@ -211,8 +213,22 @@ def _settle(job: Job, plan: Plan, params: Any, encoder: TextEncoder | None) -> s
     digests |= {} if encoder is None else {"text_encoder_digest": encoder.weights.digest}
     how = plan.how | digests
     if job.first and not _is_of(job, how):
-        storage.write_json(job.folder / SETTINGS, how)
+        name = {} if encoder is None else {"text_encoder": plan.encoder_name}
+        storage.write_json(job.folder / SETTINGS, how | name)
     return str(digests)
+
+
+def _check_encoder(job: Job, plan: Plan) -> None:
+    """Raises UsageError if images that are all drawn were told by another encoder; one of the same name is not read."""
+    with storage.reading(job.folder):
+        there = json.loads(storage.retried(f"reading {job.folder}", (job.folder / SETTINGS).read_text))
+    if there.get("text_encoder") != plan.encoder_name:
+        here, known = plan.open_encoder().weights.digest, there.get("text_encoder_digest")
+        if here != known:
+            raise UsageError(
+                f"{job.name} holds images that are drawn in another way (text_encoder_digest: {known} there, {here} "
+                f"here); {OTHER}."
+            )
 
 
 # --- the images

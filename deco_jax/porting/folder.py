@@ -44,7 +44,7 @@ def write_safetensors(bundle: Bundle, path: pathlib.Path) -> None:
     """The one set of weights under upstream's names; the metadata says which network they make.
 
     "architecture": its sizes, JSON; "prediction": velocity or image; "dtype": bfloat16 or float32, in which it was
-    trained; "image_size"; "weights": ema or online; "step".
+    trained; "image_size"; "weights": ema or online; "step"; "text_encoder", of a network of text.
     """
     metadata = {
         "format": "pt",
@@ -54,6 +54,7 @@ def write_safetensors(bundle: Bundle, path: pathlib.Path) -> None:
         "image_size": str(bundle.config.data.image_size),
         "weights": bundle.weights,
         "step": str(bundle.step),
+        **text_encoder(bundle),
     }
     save_file(translate.to_torch(bundle.table, getattr(bundle, bundle.weights)), path, metadata)
     mask = os.umask(0)
@@ -73,6 +74,12 @@ def architecture(bundle: Bundle) -> dict[str, Any]:
     return {field: model[field] for field in fields if model[field] != known.get(field)}
 
 
+def text_encoder(bundle: Bundle) -> dict[str, str]:
+    """The name of the encoder that a network of text listens to, if its source says it."""
+    name = bundle.config.text.encoder
+    return {"text_encoder": name} if name and bundle.config.model.kind == "deco_text" else {}
+
+
 def write_folder(bundle: Bundle, path: pathlib.Path) -> None:
     """config.json, model.safetensors, README.md, and what diffusers needs to sample if PyTorch's DeCo can."""
     path.mkdir()
@@ -85,6 +92,7 @@ def write_folder(bundle: Bundle, path: pathlib.Path) -> None:
         "image_size": c.data.image_size,
         "weights": bundle.weights,
         "step": bundle.step,
+        **text_encoder(bundle),
         "deco_jax_version": __version__,
         "sampling": dataclasses.asdict(Sampling.from_config(c.sample)),
         "training": saved["config"],
@@ -115,7 +123,7 @@ def model_card(bundle: Bundle) -> str:
         *(
             [
                 ("text", f"{m.text_tokens} tokens of {m.text_features} channels; {m.text_depth} blocks of their own"),
-                ("text encoder", c.text.encoder),
+                *([("text encoder", c.text.encoder)] if c.text.encoder else []),
             ]
             if m.kind == "deco_text"
             else [("classes", f"{m.num_classes}, and the null class")]

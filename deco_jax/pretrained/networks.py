@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from deco_jax.checkpoints import store
 from deco_jax.config import FIELDS, build_model, default_config, restore_config
 from deco_jax.diffusion.flow import PREDICTIONS
+from deco_jax.encoders.qwen3.model import SIZES
 from deco_jax.errors import UsageError
 from deco_jax.models import Projector
 from deco_jax.models.build import KINDS, parameter_shapes
@@ -162,6 +163,11 @@ def run_config(stored: Stored) -> ConfigDict:
     elif stored.sizes["kind"] == "deco_text":  # as upstream samples, and every configuration of text here
         config.sample.update(solver="adams2", steps=25, guidance=4.0, shift=3.0)
     config.model = model_config(stored)
+    if stored.sizes["kind"] == "deco_text":
+        told = [name for name in _said(stored.file, "text_encoder") if isinstance(name, str)]
+        known = config.text.encoder != FIELDS["text.encoder"].default
+        if told or not (known or config.model.text_features == SIZES["1.7B"]["width"]):
+            config.text.encoder = told[0] if told else ""  # it is another than the published one, and nobody says which
     config.data.image_size = stored.image_size or config.data.image_size
     return config
 

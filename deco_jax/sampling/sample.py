@@ -95,6 +95,8 @@ def read_inputs(
         null = condition  # which nothing looks at
     else:
         negative = [model.condition.nothing] * number if negative is None else negative
+        if isinstance(negative, str):
+            raise UsageError(f"negative is a list with an entry for each image; write [{negative!r}] * {number}.")
         if len(negative) != number:
             raise UsageError(f"negative has {len(negative)} entries; {number} labels need as many.")
         null = jax.tree.map(jnp.asarray, read(negative))

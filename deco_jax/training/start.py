@@ -80,13 +80,13 @@ def open_parts(config: ConfigDict, workdir: AnyPath) -> Parts:
     layout = meshes.make_layout(config.mesh)
     check_devices(config, layout.mesh)
     source = open_source(config.data, workdir)
+    build_model(config.model).condition.check_data(source.condition)
+    encoder, states = _open_text(config, source)
     frozen, features = (), None
     if config.loss.alignment_weight and config.teacher.stored:
         features = open_features(config, source)
     elif config.loss.alignment_weight:
         frozen = (load_teacher(config),)
-    build_model(config.model).condition.check_data(source.condition)
-    encoder, states = _open_text(config, source)
     if states is not None:
         frozen = (*frozen, stored_weights(config, states))
     elif encoder is not None:

@@ -99,6 +99,7 @@ def pictures(page):
     return page.evaluate(f"[...document.querySelectorAll('.grid-wrap img')].map({sizes})")
 
 
+@pytest.mark.slow
 def test_images_are_drawn_seen_and_kept(served, page, tmp_path):
     kind, *_ = served
     if kind == "text":
@@ -174,6 +175,7 @@ def test_no_file_is_served_that_the_page_did_not_make(served):
         urllib.request.urlopen(post)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_and_nothing_is_left(runs, tmp_path, how):
     for _, address, process in _serve(runs["class"], "class", tmp_path):

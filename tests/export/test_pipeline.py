@@ -220,8 +220,8 @@ def prompted(tmp_path_factory):
     np.save(parent / "noise.npy", np.random.default_rng(0).standard_normal((2, 3, 32, 48)).astype(np.float32))
     np.save(parent / "prompts.npy", PROMPTS)
     code = docs_example(2)
-    assert "height=512, width=768" in code
-    (parent / "docs.py").write_text(code.replace("height=512, width=768", "height=16, width=24"))
+    assert "height=512" in code and "width=768" in code
+    (parent / "docs.py").write_text(code.replace("height=512", "height=16").replace("width=768", "width=24"))
     output = run(parent, PROMPTED)
     with np.load(parent / "made.npz") as made:
         return parent, dict(made), output

@@ -179,9 +179,16 @@ def test_flags_of_text_do_not_fit_a_network_of_classes():
             read_requests(ClassLabels(10), (), asked)
 
 
-def test_layouts_that_do_not_fit_and_encoders_that_are_others(made, tmp_path):
+def test_unknown_flags_are_refused(made, capsys):
+    """Also of commands that run as several processes."""
+    with pytest.raises(SystemExit):
+        cli.main(["generate", made[0], "--out=anywhere", "--prompt=a", "--per-promt=4"])
+    assert "unrecognized arguments: --per-promt=4" in capsys.readouterr().err
+
+
+def test_layouts_that_do_not_fit_and_encoders_that_are_others(made, tmp_path, capsys):
     for changes, message in (
-        ({"layout": "geneval", "prompt": ["a"]}, "takes GenEval's prompts, JSON lines with a tag"),
+        ({"layout": "geneval", "prompt": ["a"]}, "takes GenEval's prompts, JSON lines with a tag; prompt 1 has none"),
         ({"layout": "dpg", "prompt": ["a"]}, "takes DPG-Bench's prompts, a folder of .txt"),
         ({"layout": "tif", "prompt": ["a"]}, "--layout=tif is not known; allowed: npz, png, geneval, dpg"),
         ({"layout": "geneval", "png": True, "prompt": ["a"]}, "--png contradicts --layout=geneval"),
@@ -199,6 +206,7 @@ def test_layouts_that_do_not_fit_and_encoders_that_are_others(made, tmp_path):
         with pytest.raises(UsageError, match=message):
             draw(made, tmp_path / "none", prompts=prompts, layout="dpg", **changes)
         draw(made, tmp_path / f"plain{k}", prompts=prompts, steps=1, **changes)  # nobody has asked for that layout
+        assert "look like prompts for --layout=dpg, which says why" in capsys.readouterr().out
         assert sorted(path.name for path in (tmp_path / f"plain{k}").iterdir() if path.name != ".lease") == [
             "generation.json",
             "prompts.jsonl",
@@ -207,6 +215,10 @@ def test_layouts_that_do_not_fit_and_encoders_that_are_others(made, tmp_path):
     assert not (tmp_path / "none").exists() or not list((tmp_path / "none").glob("*.npy"))
     draw(made, tmp_path / "out", prompt=["a red circle"], layout="png", steps=1)
     other = write_encoder(tmp_path / "other", words=["red", "a", "blue", "circle", "<|endoftext|>", "[UNK]"])
+    for encoder in (made[1], f"{made[1]}/../qwen"):  # the same, also by another name
+        draw((made[0], encoder), tmp_path / "out", prompt=["a red circle"], layout="png", steps=1)
+    with pytest.raises(UsageError, match="text_encoder_digest: .*there, .* here"):  # all is drawn, of another's states
+        draw((made[0], other), tmp_path / "out", prompt=["a red circle"], layout="png", steps=1)
     (tmp_path / "out" / "samples.npz").unlink()
     with pytest.raises(UsageError, match="text_encoder_digest: .*there, .* here"):
         draw((made[0], other), tmp_path / "out", prompt=["a red circle"], layout="png", steps=1)

@@ -14,11 +14,13 @@ import deco_jax
 from deco_jax.checkpoints import store
 from deco_jax.cli import main
 from deco_jax.errors import UsageError
+from deco_jax.generation.prompts import open_encoder
 from deco_jax.parallel.mesh import make_layout
 from deco_jax.porting import convert as module
 from deco_jax.porting.bundle import Bundle
 from deco_jax.porting.convert import convert, read, write_checkpoint
 from deco_jax.pretrained import names, networks
+from deco_jax.pretrained.load import open_pretrained
 from deco_jax.training.loop import train
 from deco_jax.training.start import abstract_on_host, abstract_state, find_weights, first_state
 from deco_jax.training.state import TrainState
@@ -315,10 +317,12 @@ def test_the_text_conditional_network_opens_computes_and_converts(tmp_path):
     assert relative_error(out.numpy(), g["out"]) < 2e-5
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "text-to-image" in card and "| text | 12 tokens of 48 channels; 2 blocks of their own |" in card
-    call = "prompt='a photo of a cat', num_inference_steps=50, guidance_scale=1.0"
+    call = "prompt='a photo of a cat', num_inference_steps=25, guidance_scale=4.0"
     index = json.loads((tmp_path / "hf" / "model_index.json").read_text())
-    assert (index["text_encoder_name"], index["text_encoder_dtype"]) == ("Qwen/Qwen3-1.7B", "float32")
-    assert call in card and "| text encoder | Qwen/Qwen3-1.7B |" in card
+    assert call in card
+    assert "text_encoder_name" not in index and "text encoder |" not in card, "nobody says what has 48 channels"
+    with pytest.raises(UsageError, match=r"does not say which text encoder .* 48 channels; name it: --text-encoder"):
+        open_encoder(open_pretrained(str(tmp_path / "hf")), None)
 
 
 @pytest.mark.parametrize(

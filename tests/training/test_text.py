@@ -69,6 +69,7 @@ def test_a_run_that_is_resumed_is_the_same(config, tmp_path, capsys):
     assert model.condition.tokens == 12
 
 
+@pytest.mark.slow
 def test_the_three_stages_follow_each_other(config, tmp_path, capsys):
     """256², 512², fine-tuning in small: weights and their average are taken over, the optimiser begins anew."""
     train(config, str(tmp_path / "0"))
@@ -183,6 +184,7 @@ def test_stored_states_teach_what_the_encoder_does(config, stored, tmp_path):
     assert relative_error(other, gradient) < 2**-8
 
 
+@pytest.mark.slow
 def test_a_run_may_change_to_stored_states(config, stored, tmp_path, capsys):
     """Their hash is the encoder's. The grid shows the same prompts; what is trained is nearly the same."""
     config.train.update(steps=2, save_every=1)
