@@ -24,6 +24,7 @@ from deco_jax.demo.studio import Studio, open_studio, read_settings
 
 pytest.importorskip("gradio")
 pytest.importorskip("tokenizers")
+pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ALONE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 ROOT = pathlib.Path(__file__).parents[2]
@@ -99,7 +100,6 @@ def pictures(page):
     return page.evaluate(f"[...document.querySelectorAll('.grid-wrap img')].map({sizes})")
 
 
-@pytest.mark.slow
 def test_images_are_drawn_seen_and_kept(served, page, tmp_path):
     kind, *_ = served
     if kind == "text":
@@ -175,7 +175,6 @@ def test_no_file_is_served_that_the_page_did_not_make(served):
         urllib.request.urlopen(post)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_and_nothing_is_left(runs, tmp_path, how):
     for _, address, process in _serve(runs["class"], "class", tmp_path):

@@ -111,7 +111,8 @@ def test_data_that_stop_coming_to_one_process_lose_nothing(two, tmp_path, preset
     assert_close(final_state(tmp_path / "run"), final_state(two / "run"))
 
 
-@pytest.mark.parametrize("preset, victim", [("fsdp", 1), pytest.param("fsdp_tensor", 0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("preset, victim", [("fsdp", 1), ("fsdp_tensor", 0)])
 def test_signals_and_death_of_one_process(tmp_path, preset, victim):
     """SIGTERM to one: all save the same step and exit 0. SIGKILL of one: the other says so and ends. Both resume.
 

@@ -296,6 +296,7 @@ def deco_plan(*arguments):
 class TestForTpus:
     pytestmark = needs_libtpu
 
+    @pytest.mark.slow
     def test_a_split_run_communicates_its_parameters(self):
         code, split = deco_plan("--topology=v5e:2x2", "--preset=fsdp", "--per-device-batch=4", *SMALL)
         assert code == 0 and split["fits"]

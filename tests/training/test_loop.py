@@ -121,6 +121,7 @@ def test_a_run_says_what_it_trains_on_and_what_it_has_saved(tiny_config, tmp_pat
     assert store.read_meta(*store.find_checkpoint(str(tmp_path)))["class_names"] == list("0123456789")
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_if_no_rate_that_was_changes_or_if_told_so(tiny_config, tmp_path, capsys):
     tiny_config.train.update(steps=3, save_every=2)
     tiny_config.optimizer.decay_steps = 2
@@ -237,6 +238,7 @@ def test_a_new_run_starts_from_given_weights(tiny_config, straight, tmp_path):
     assert fresh["['step']"] == 1
 
 
+@pytest.mark.slow
 def test_features_from_the_disk_train_as_the_live_teacher(tiny_config, tmp_path):
     """Losses within 1e-5 (float16); a run may change from one to the other, but not to another teacher."""
     save_file(random_dinov2(), tmp_path / "teacher.safetensors")

@@ -50,6 +50,7 @@ def config(made, tiny_config):
     return c
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_is_the_same(config, tmp_path, capsys):
     """Four steps straight, and two, then two in a new run with workers: bitwise; grids are there."""
     train(config, str(tmp_path / "straight"))
@@ -115,8 +116,11 @@ def test_another_encoder_is_another_run(config, made, tmp_path):
     [
         ({"text.encoder": "/nowhere"}, "text.encoder='/nowhere' is no file or folder"),
         ({"model.text_features": 48}, "has states of 32 channels, and model.text_features=48; they must be equal"),
-        ({"data.source": "digits", "data.image_size": 32}, "learns from captions, and the data have none"),
-        ({"model.kind": "deco"}, "the network learns from class labels; the data offers"),
+        (
+            {"data.source": "digits", "data.image_size": 32},
+            "learns from captions, and the images of data.source have classes; sources of captions are webdataset",
+        ),
+        ({"model.kind": "deco"}, "learns from class labels, and the images of data.source have captions"),
         ({"train.evaluate_every": 1, "evaluate.reference": "x.npz"}, "train.evaluate_every must be 0"),
     ],
 )
@@ -199,6 +203,7 @@ def test_a_run_may_change_to_stored_states(config, stored, tmp_path, capsys):
     assert np.abs(changed - live).max() <= 1
 
 
+@pytest.mark.slow
 def test_with_stored_states_the_encoder_is_for_grids_alone(config, stored, tmp_path, capsys):
     """Without grids it need not be there; with workers and a second start the run is the same to the bit."""
     config.text.update(stored=stored, encoder="/nowhere")
