@@ -12,7 +12,7 @@ ARCHITECTURE = REPOSITORY / "docs/architecture.md"
 # From the bottom up. A room is a folder or a module of the package; it may import from lower floors and from itself.
 FLOORS = [
     ("errors", "version"),
-    ("conditions", "diffusion", "export", "storage"),
+    ("conditions", "diffusion", "export", "ops", "storage"),
     ("data", "models", "parallel", "weights"),
     ("encoders", "jobs", "sampling"),
     ("config", "metrics"),

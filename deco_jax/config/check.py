@@ -85,5 +85,5 @@ def build_model(config: ConfigDict) -> Network:
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
         scan=config.scan,
-        attention=None if config.attention == "default" else config.attention,
+        attention="auto" if config.attention == "default" else config.attention,
     )

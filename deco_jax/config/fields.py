@@ -74,8 +74,8 @@ FIELDS: dict[str, Field] = {
     "model.remat": free("dots", "recomputed in the backward pass: none, dots (all but linear layers), full (whole "
                         "blocks)", choices=tuple(REMAT_POLICIES)),
     "model.scan": free(True, "one compiled block in a loop; False unrolls: slower to compile, sometimes faster to run"),
-    "model.attention": free("default", "jax.nn.dot_product_attention's implementation: default, xla, cudnn (NVIDIA)",
-                            choices=("default", "xla", "cudnn")),
+    "model.attention": free("auto", "the first of these that can run: pallas (TPU), cudnn (NVIDIA), xla; default: the "
+                            "older name of auto", choices=("auto", "pallas", "cudnn", "xla", "default")),
 
     # The data, and the order in which a run sees them.
     "data.source": free("tfds", f"{', '.join(list(SOURCES)[:-1])} or {list(SOURCES)[-1]}", choices=tuple(SOURCES)),

@@ -173,7 +173,8 @@ def encode_on(network: Frozen, params: Any, layout: Layout, tokens_BxL: np.ndarr
 
 
 def _as_the_run(module: Qwen3 | MiniLM, config: ConfigDict) -> Qwen3 | MiniLM:
-    attention = None if config.model.attention == "default" else config.model.attention
+    # These mask what a token may see, which the other implementations cannot.
+    attention = config.model.attention if config.model.attention in ("cudnn", "xla") else None
     return module.clone(attention=attention, scan=config.model.scan)
 
 

@@ -4,8 +4,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
-from deco_jax.models.layers import Linear, modulate, rms_norm, rotate
+from deco_jax.models.layers import Linear, modulate, rms_norm
+from deco_jax.ops.attention import attention
 
 REMAT_POLICIES = {
     "none": None,  # keep every activation
@@ -19,12 +21,22 @@ def rematerialised(block: type[nn.Module], remat: str, prevent_cse: bool = True)
     return block if remat == "none" else nn.remat(block, prevent_cse=prevent_cse, policy=REMAT_POLICIES[remat])
 
 
+class _Scale(nn.Module):
+    """The weight of an RMSNorm over a head's channels, which the attention applies."""
+
+    @nn.compact
+    def __call__(self, head_dim: int) -> Array:
+        """(e,), fp32."""
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("head_dim",))
+        return self.param("scale", ones, (head_dim,), jnp.float32)
+
+
 class Attention(nn.Module):
     """Self-attention, scale 1/√e; keys and values may come from text as well."""
 
     heads: int
     dtype: jnp.dtype
-    implementation: str | None  # of jax.nn.dot_product_attention: None, "xla" or "cudnn"
+    implementation: str | None  # see ops/attention.py; None = auto
     use_bias: bool = False  # of queries, keys and values
     use_norm: bool = True  # RMSNorm of queries and keys
 
@@ -35,21 +47,13 @@ class Attention(nn.Module):
         heads = self.heads, width // self.heads
         axes = ("width", None, "heads", "head_dim")
         qkv = Linear((3, *heads), axes, use_bias=self.use_bias, dtype=self.dtype, name="qkv")(x_BxNxD)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        text_k = None
+        text_kv, norms = None, None
         if text_BxLxD is not None:
             text_kv = Linear((2, *heads), axes, use_bias=False, dtype=self.dtype, name="text_kv")(text_BxLxD)
-            text_k, v = text_kv[:, :, 0], jnp.concatenate([v, text_kv[:, :, 1]], axis=1)
         if self.use_norm:
-            key_norm = rms_norm("head_dim", self.dtype, "key_norm")
-            q, k = rms_norm("head_dim", self.dtype, "query_norm")(q), key_norm(k)
-            text_k = None if text_k is None else key_norm(text_k)
-        if angles_NxK is not None:
-            q, k = rotate(q, angles_NxK), rotate(k, angles_NxK)
-        if text_k is not None:
-            k = jnp.concatenate([k, text_k], axis=1)
-        out_BxNxHxE = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
-        out_BxNxD = out_BxNxHxE.reshape(x_BxNxD.shape)
+            norms = _Scale(name="query_norm")(heads[1]), _Scale(name="key_norm")(heads[1])
+        out_BxNxHxE = attention(qkv, norms, angles_NxK, text_kv, self.implementation or "auto")
+        out_BxNxD = checkpoint_name(out_BxNxHxE.reshape(x_BxNxD.shape), "attention")
         return Linear(width, ("heads_out", "width"), dtype=self.dtype, name="out")(out_BxNxD)
 
 

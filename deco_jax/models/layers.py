@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from deco_jax.ops.product import product
+
 Axes = tuple[str | None, ...]
 NORM_EPSILON = 1e-6
 
@@ -54,7 +56,7 @@ class Linear(nn.Module):
         kernel = self.param(
             "kernel", nn.with_logical_partitioning(kernel_init, self.axes), (fan_in, *features), jnp.float32
         )
-        y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=1)
+        y = product(x, kernel, self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.with_logical_partitioning(bias_init, self.axes[1:]), features, jnp.float32)
             y = y + bias.astype(self.dtype)

@@ -77,8 +77,8 @@ def plan(
     devices = make_devices(place)
     layout = meshes.make_layout(config.mesh, devices)
     if place.platform == "gpu" and config.model.attention == "cudnn":
-        say("model.attention=cudnn is planned as default: cuDNN cannot be asked without a GPU.")
-        config.model.attention = "default"
+        say("model.attention=cudnn is planned as auto: cuDNN cannot be asked without a GPU.")
+        config.model.attention = "auto"
 
     def analyse_batch(batch: int | None, config: ConfigDict = config, layout: Layout = layout) -> Report:
         if batch is not None:

@@ -116,7 +116,7 @@ class DINOv2(nn.Module):
     position_offset: float = 0.1  # 0.0 with registers
     position_antialias: bool = False  # True with registers
     dtype: jnp.dtype = jnp.bfloat16  # of matrix products; the residual stream and all statistics are fp32
-    attention: str | None = None  # implementation of jax.nn.dot_product_attention
+    attention: str | None = None  # see ops/attention.py; None = auto
     output: Literal["patches", "class"] = "patches"
     scan: bool = True  # False unrolls the loop in the compiled program; the parameters are the same
 

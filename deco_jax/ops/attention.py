@@ -1,0 +1,99 @@
+"""Self-attention, from the raw projection of queries, keys and values to the heads' outputs (docs/model.md, 2.5).
+
+Axis letters: B batch, N tokens, L text tokens, h heads, e channels of a head, k pairs of channels.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from deco_jax.ops.door import Implementation, choose
+
+NORM_EPSILON = 1e-6
+Norms = tuple[Array, Array]  # weights (e,) of the RMSNorm of queries and of that of keys, fp32
+
+
+def attention(
+    qkv_BxNx3xHxE: Array,
+    norms: Norms | None,
+    angles_NxK: Array | None,
+    text_kv_BxLx2xHxE: Array | None,
+    implementation: str = "auto",
+) -> Array:
+    """softmax(q·kᵀ/√e)·v of every head, (B, N, h, e).
+
+    Args:
+      qkv_BxNx3xHxE: queries, keys and values as the linear layer puts them out.
+      norms: RMS-normalise queries and keys over a head's channels.
+      angles_NxK: then turn each pair of channels of both by the token's angles, (N, e/2).
+      text_kv_BxLx2xHxE: keys and values of text to look at as well; the keys are normed, not turned.
+      implementation: "auto", or the name of one in TABLE.
+
+    Raises:
+      UsageError: the implementation does not exist or cannot run.
+    """
+    arguments = (qkv_BxNx3xHxE, norms, angles_NxK, text_kv_BxLx2xHxE)
+    return choose("model.attention", TABLE, implementation, *arguments).run(*arguments)
+
+
+def normalise(x_BxNxHxE: Array, scale_E: Array) -> Array:
+    """x·scale/√(mean x² + ε) over a head's channels, in fp32; same dtype back."""
+    x = x_BxNxHxE.astype(jnp.float32)
+    factor = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPSILON) * scale_E
+    return (x * factor).astype(x_BxNxHxE.dtype)
+
+
+def rotate(x_BxNxHxE: Array, angles_NxK: Array) -> Array:
+    """Turns each adjacent pair of channels (2k, 2k+1) by angle k, in fp32; same shape and dtype back."""
+    cos, sin = jnp.cos(angles_NxK)[:, None, :], jnp.sin(angles_NxK)[:, None, :]
+    pairs = x_BxNxHxE.astype(jnp.float32).reshape(*x_BxNxHxE.shape[:-1], -1, 2)
+    real, imaginary = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
+    return turned.reshape(x_BxNxHxE.shape).astype(x_BxNxHxE.dtype)
+
+
+def _library(
+    qkv_BxNx3xHxE: Array,
+    norms: Norms | None,
+    angles_NxK: Array | None,
+    text_kv_BxLx2xHxE: Array | None,
+    implementation: str,
+) -> Array:
+    """By jax.nn.dot_product_attention, on keys and queries that are prepared before it."""
+    q, k, v = qkv_BxNx3xHxE[:, :, 0], qkv_BxNx3xHxE[:, :, 1], qkv_BxNx3xHxE[:, :, 2]
+    text_k = None
+    if text_kv_BxLx2xHxE is not None:
+        text_k, v = text_kv_BxLx2xHxE[:, :, 0], jnp.concatenate([v, text_kv_BxLx2xHxE[:, :, 1]], axis=1)
+    if norms is not None:
+        query_scale, key_scale = norms
+        q, k = normalise(q, query_scale), normalise(k, key_scale)
+        text_k = None if text_k is None else normalise(text_k, key_scale)
+    if angles_NxK is not None:
+        q, k = rotate(q, angles_NxK), rotate(k, angles_NxK)
+    if text_k is not None:
+        k = jnp.concatenate([k, text_k], axis=1)
+    return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+
+
+def _refused_by_cudnn(qkv_BxNx3xHxE: Array, *others: object) -> str:
+    e, dtype = qkv_BxNx3xHxE.shape[-1], qkv_BxNx3xHxE.dtype
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN's flash attention takes bfloat16 and float16, not {dtype}"
+    if e % 8 or e > 128:
+        return f"cuDNN's flash attention takes heads of a multiple of 8 channels up to 128, not {e}"
+    if jax.default_backend() != "gpu":
+        return "a program for GPUs that is compiled without one has no cuDNN to ask"
+    capability = jax.local_devices()[0].compute_capability
+    return (
+        ""
+        if capability.replace(".", "").isdigit() and float(capability) >= 8
+        else (f"cuDNN's flash attention needs an NVIDIA GPU of compute capability 8.0, not {capability}")
+    )
+
+
+TABLE = (
+    Implementation("cudnn", functools.partial(_library, implementation="cudnn"), ("gpu",), _refused_by_cudnn),
+    Implementation("xla", functools.partial(_library, implementation="xla")),
+)
