@@ -38,6 +38,20 @@ CASES = {  # settings that differ from the reference's
     "data": {"mesh.preset": "data"},
     "fsdp": {"mesh.preset": "fsdp"},
     "fsdp_tensor": {"mesh.preset": "fsdp_tensor"},
+    "zero1": {"mesh.preset": "zero1"},
+    "zero1, 2 × 4, 2 parts": {
+        "mesh.preset": "zero1",
+        "mesh.data": 2,
+        "mesh.fsdp": 4,
+        "optimizer.accumulation": 2,
+    },
+    "zero1 with tensor, dots remat": {"mesh.preset": "zero1", "mesh.tensor": 2, "model.remat": "dots"},
+    "data, 2 parts": {"mesh.preset": "data", "optimizer.accumulation": 2},
+    "fsdp, 2 parts, added up by part": {
+        "mesh.preset": "fsdp",
+        "optimizer.accumulation": 2,
+        "optimizer.accumulate": "part",
+    },
     "hybrid, 2 slices": {"mesh.preset": "hybrid", "mesh.slices": 2},
     "fsdp_tensor, 2 parts, dots remat, unrolled": {
         "mesh.preset": "fsdp_tensor",
@@ -48,6 +62,7 @@ CASES = {  # settings that differ from the reference's
 }
 TEXT_CASES = {  # of a network that is told text, against TEXT on one device
     "text, fsdp": TEXT | {"mesh.preset": "fsdp"},
+    "text, zero1": TEXT | {"mesh.preset": "zero1"},
     "text, fsdp_tensor": TEXT | {"mesh.preset": "fsdp_tensor"},
 }
 

@@ -102,13 +102,20 @@ def _prepare(overrides: list[str], function: str, verify: bool, **arguments: Any
     _call_with_config(overrides, function, **arguments, **more)
 
 
-def _plan(overrides: list[str], function: str, as_json: bool, **arguments: Any) -> None:
+def _plan(overrides: list[str], function: str, as_json: bool, search: bool, **arguments: Any) -> None:
     """Prints what a plan finds; exits with 1 if the run does not fit."""
     import jax
 
+    to_text = "deco_jax.planning.report:to_text"
+    if search:
+        function, to_text = "deco_jax.planning.search:search", "deco_jax.planning.search:to_text"
+        for option in ("preset", "sampler", "fit"):
+            if arguments.pop(option):
+                name = {"sampler": "sample"}.get(option, option)
+                raise UsageError(f"--search looks for a layout of the training step; --{name} does not go with it.")
     jax.config.update("jax_platforms", "cpu")  # what compiles is this machine's CPU, whatever else it has
     report = load(function)(overrides=overrides, say=lambda line: print(line, file=sys.stderr), **arguments)
-    print(json.dumps(report, indent=2) if as_json else load("deco_jax.planning.report:to_text")(report))
+    print(json.dumps(report, indent=2) if as_json else load(to_text)(report))
     if report["fits"] is False:
         sys.exit(1)
 
@@ -373,6 +380,8 @@ def _add_plan(commands: Any) -> None:
     text = "plan the sampler instead of the training step"
     parser.add_argument("--sample", dest="sampler", action="store_true", help=text)
     parser.add_argument("--fit", action="store_true", help="find the largest batch that fits; compiles several times")
+    text = "try the layouts there are on short networks, and print the best; ten minutes and more"
+    parser.add_argument("--search", action="store_true", help=text)
     parser.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object")
 
 

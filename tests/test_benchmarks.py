@@ -1,19 +1,24 @@
 """The benchmarks at least begin: what they take from the package exists. They are run by hand (docs/numbers.md)."""
 
+import contextlib
 import importlib
 import io
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
+from deco_jax.config import build_model
 from deco_jax.data.transforms import square_crop
 from deco_jax.evaluation.stats import compute_stats
+from deco_jax.models.build import parameter_shapes
 from tests.helpers import GOLDEN
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -131,3 +136,106 @@ def test_the_input_is_measured_beside_pytorchs(tmp_path):
     assert [result["start"] for result in report["names"]] == ["first", "second", "every"]
     assert all(0 < result["opened"] < result["ready"] for result in report["names"])
     assert "| 2,000 names, start |" in done.stdout
+
+
+# --- benchmarks of speed
+
+
+@pytest.fixture
+def run_speed(monkeypatch, tmp_path, capsys):
+    """Runs a benchmark of speed in this process, of the tiny size: (its figures, what it printed)."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch").set_num_threads(1)  # the networks are tiny
+
+    def run(name, *options):
+        argv = [name, "--size=tiny", "--batch=2", "--rounds=2", f"--json={tmp_path / name}", "--torch-compile=none"]
+        monkeypatch.setattr(sys, "argv", [*argv, *options])
+        importlib.import_module(name).main()
+        return json.loads((tmp_path / name).read_text()), capsys.readouterr().out
+
+    return run
+
+
+def assert_timed(contenders):
+    for contender in contenders:
+        assert len(contender["seconds"]) == 2 and min(contender["seconds"]) > 0, contender["name"]
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_a_training_step_is_timed_beside_pytorchs_which_computes_the_same(run_speed):
+    """Losses and gradients, with a teacher in the step; and a variant goes on with the same state."""
+    pytest.importorskip("torch")
+    report, printed = run_speed("train_step", "--steps=1", "--variant=model.remat=full,model.scan=True")
+    results = report["results"]
+    assert_timed(results["contenders"])
+    ours, variant, eager = results["contenders"]
+    assert (ours["name"], eager["name"]) == ("deco_jax", "PyTorch eager")
+    assert ours["compile_seconds"] > 0 and ours["memory"] > variant["temporaries"] > 0
+    for name, error in results["start"]["errors"]["PyTorch eager"].items():
+        assert error < 1e-5, f"{name}: PyTorch's step is another one than ours, so their times do not compare"
+    assert "NOT COMPUTE THE SAME" not in printed and "with a teacher" in printed
+    assert results["ratios"].keys() == {ours["name"], variant["name"]}
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_drawing_is_timed_beside_pytorchs_which_draws_the_same(run_speed):
+    pytest.importorskip("torch")
+    report, printed = run_speed("sampling", "--cases", "2x3", "1x3")
+    assert_timed(report["results"])
+    assert [r["batch"] for r in report["results"]] == [2, 2, 1, 1]
+    assert max(r["images differ by"] for r in report["results"]) < 1e-5, "the images are not the same"
+    assert report["results"][0]["evaluations"] == 5, "of three steps, the first at t = 0, two are guided"
+    assert "most images/s at 3 steps: deco_jax" in printed
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("part", ["frequency_loss", "pixel_decoder", "attention"])
+def test_parts_are_timed_beside_pytorchs_which_compute_the_same(run_speed, part):
+    pytest.importorskip("torch")
+    report, printed = run_speed(part, "--steps=1")
+    assert_timed(report["results"])
+    assert [r["of"] for r in report["results"]] == ["deco_jax xla"] * 2 + ["PyTorch eager"] * 2
+    errors = [value for r in report["results"] for name, value in r.items() if name.endswith("differs by")]
+    assert len(errors) == 6 and max(errors) < 1e-5
+    assert "| deco_jax xla | " in printed
+
+
+def test_without_pytorch_ours_is_timed_alone(run_speed):
+    report, printed = run_speed("frequency_loss", "--steps=1", "--no-torch")
+    assert [r["of"] for r in report["results"]] == ["deco_jax xla"] * 2
+    assert "PyTorch" not in printed
+
+
+def test_speeds_are_put_beside_the_faster_of_the_others(run_speed):
+    """And one for whom the memory does not suffice has no figures, while the others go on."""
+    speed = importlib.import_module("speed")
+
+    def fail(steps):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    ours, fast, slow = (speed.Contender(name, lambda steps: None) for name in ("ours", "fast", "slow"))
+    ours.seconds, fast.seconds, slow.seconds = [2.0, 1.0, 9.0], [3.0], [5.0]
+    assert speed.ratio(ours, [slow, fast]) == 1.5
+    assert speed.spread(ours.seconds, 1e3, 0) == "2,000 (1,000–9,000)"
+    large = speed.Contender("large", fail)
+    speed.take_turns([large, ours], rounds=2, steps=1)
+    assert (large.problem, large.seconds, len(ours.seconds)) == ("out of memory", [], 5)
+    assert speed.ratio(ours, [large]) is None
+
+
+def test_the_small_size_is_the_one_whose_figures_are_kept(run_speed):
+    """docs/numbers.md has figures of 21.7 M parameters; another network's would not compare."""
+    config = importlib.import_module("speed").configuration("small", 32)
+    shapes = jax.tree.leaves(parameter_shapes(build_model(config.model)))
+    assert round(sum(x.size for x in shapes) / 1e6, 1) == 21.7
+    assert (config.model.dtype, config.data.image_size, config.loss.alignment_weight) == ("float32", 32, 0.0)
+
+
+def test_all_on_a_gpu_begins_by_saying_what_is_missing(tmp_path):
+    """A GPU, here; its time is too dear to find that out by a traceback."""
+    command = ["bash", "benchmarks/run_gpu.sh", str(tmp_path / "out")]
+    environment = os.environ | {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 1 and "JAX sees no GPU here, but [CpuDevice(id=0)" in done.stderr, done.stderr
+    assert list((tmp_path / "out").iterdir()) == []

@@ -85,5 +85,6 @@ def build_model(config: ConfigDict) -> Network:
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
         scan=config.scan,
+        **({"decoder_implementation": config.decoder} if config.kind in ("deco", "deco_text") else {}),
         attention="auto" if config.attention == "default" else config.attention,
     )

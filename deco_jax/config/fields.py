@@ -76,6 +76,8 @@ FIELDS: dict[str, Field] = {
     "model.scan": free(True, "one compiled block in a loop; False unrolls: slower to compile, sometimes faster to run"),
     "model.attention": free("auto", "the first of these that can run: pallas (TPU), cudnn (NVIDIA), xla; default: the "
                             "older name of auto", choices=("auto", "pallas", "cudnn", "xla", "default")),
+    "model.decoder": free("auto", "the pixel decoder: pallas (a kernel for TPUs), xla, or auto: the first that can run",
+                          choices=("auto", "pallas", "xla")),
 
     # The data, and the order in which a run sees them.
     "data.source": free("tfds", f"{', '.join(list(SOURCES)[:-1])} or {list(SOURCES)[-1]}", choices=tuple(SOURCES)),
@@ -141,13 +143,18 @@ FIELDS: dict[str, Field] = {
     "optimizer.decay_steps": free(0, "linear fall to 0 at the end, which is train.steps; 0 = constant", low=0),
     "optimizer.clip_norm": free(0.0, "of the global gradient; 0 = no clipping", low=0),
     "optimizer.accumulation": free(1, "the batch is worked through in this many parts", low=1),
+    "optimizer.accumulate": free("step", "devices add up their gradients once a step, each keeping its own till then; "
+                                 "part = after every part, which sends more and holds less", choices=("step", "part")),
+    "optimizer.gradient_dtype": free("float32", "in which gradients of matrices cross devices",
+                                     choices=("float32", "bfloat16")),
 
     # The moving average of the network's parameters, from which images are drawn.
     "ema.decay": free(0.9999, "per step; the average is fp32", low=0, high=1),
     "ema.warmup": free(False, "start with smaller decays: min(decay, (1 + n)/(10 + n))"),
 
     # How devices are arranged.
-    "mesh.preset": free("data", "data, fsdp, fsdp_tensor, hybrid (parallel/mesh.py) or a file: sizes for axes of 0"),
+    "mesh.preset": free("data", "data, fsdp, fsdp_tensor, hybrid, zero1 (parallel/mesh.py) or a file: sizes for "
+                                "axes of 0"),
     "mesh.slices": free(0, "groups of devices behind a slower network, which split the batch; −1 = all there are"),
     "mesh.data": free(0, "devices of a group over which the batch is split and parameters are copied; −1 = the rest"),
     "mesh.fsdp": free(0, "devices of a group over which the batch and the parameters are split; −1 = the rest"),

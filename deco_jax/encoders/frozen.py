@@ -12,12 +12,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from deco_jax.parallel.mesh import Layout, is_boxed, state_shardings
-from deco_jax.weights.translate import MATRICES
+from deco_jax.weights.translate import stored_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +69,6 @@ class FrozenWeights:
             self.params,
             self.network.abstract_params(layout),
         )
-
-
-def stored_dtype(path: tuple[Any, ...], dtype: jnp.dtype) -> jnp.dtype:
-    """Linear layers multiply in `dtype` whatever they are stored in, so they are stored in it, and so are tables."""
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return dtype if name.endswith(MATRICES) else jnp.dtype("float32")
 
 
 def digest_of(params: Any) -> str:

@@ -97,7 +97,7 @@ def _compiled(model: nn.Module, settings: Sampling) -> Callable[..., Array]:
         b, h, w, _ = noise_BxHxWx3.shape
         grid = (h // model.patch_size, w // model.patch_size)
 
-        def slope(x: Array, t_B: Array, _: Array) -> tuple[Array, Array]:
+        def slope(x: Array, t_B: Array, *_: Array) -> tuple[Array, Array]:
             v, tokens_BxNxD = model.apply({"params": params}, x, t_B, condition, hidden_layer=model.depth)
             return v, jnp.stack([zigzag_energy(tokens_BxNxD.reshape(b, *grid, -1)), zigzag_energy(v)])
 

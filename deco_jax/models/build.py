@@ -15,7 +15,7 @@ Network = DeCo | TextDeCo | BaselineDiT | PixNerd
 
 KINDS: dict[str, type[Network]] = {"deco": DeCo, "deco_text": TextDeCo, "baseline": BaselineDiT, "pixnerd": PixNerd}
 # Fields of every module that do not make another network of it: how it is computed, and Flax's own.
-_NOT_OF_THE_NETWORK = ("dtype", "remat", "scan", "attention", "parent", "name")
+_NOT_OF_THE_NETWORK = ("dtype", "remat", "scan", "attention", "decoder_implementation", "parent", "name")
 
 
 def network_fields(kind: str) -> tuple[str, ...]:

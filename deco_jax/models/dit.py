@@ -1,5 +1,8 @@
 """The Diffusion Transformer on patches: attention, SwiGLU, AdaLN, and the scanned blocks (docs/model.md, 2.5)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,7 @@ from deco_jax.ops.attention import attention
 REMAT_POLICIES = {
     "none": None,  # keep every activation
     "full": jax.checkpoint_policies.nothing_saveable,  # keep each block's input only
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the outputs of the linear layers
+    "dots": jax.checkpoint_policies.save_only_these_names("product"),  # keep the outputs of the linear layers
 }
 
 
@@ -87,10 +90,20 @@ class Block(nn.Module):
     wide: bool  # SwiGLU of 4D hidden channels from one matrix; else of two thirds of that, from two
 
     @nn.compact
-    def __call__(self, s_BxNxD: Array, c_BxD: Array, angles_NxK: Array | None, text_BxLxD: Array | None) -> Array:
-        """Tokens, conditions, rotary angles and text → tokens."""
+    def __call__(
+        self,
+        s_BxNxD: Array,
+        c_BxD: Array | None,
+        angles_NxK: Array | None,
+        text_BxLxD: Array | None,
+        modulation_Bx6D: Array | None = None,
+    ) -> Array:
+        """Tokens, conditions, rotary angles and text → tokens; with its modulation given, without the conditions."""
         width = s_BxNxD.shape[-1]
-        modulation = Linear((6, width), ("width", None, "modulation"), dtype=self.dtype, name="modulation")(c_BxD)
+        if modulation_Bx6D is None:
+            modulation = _modulation(width, self.dtype, name="modulation")(c_BxD)
+        else:
+            modulation = modulation_Bx6D.reshape(-1, 6, width)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.moveaxis(modulation[:, :, None, :], 1, 0)
         h = modulate(rms_norm("width", self.dtype, "attention_norm")(s_BxNxD), shift_a, scale_a)
         attention = Attention(self.heads, self.dtype, self.attention, name="attention")
@@ -113,11 +126,11 @@ class _Layer(nn.Module):
 
     @nn.compact
     def __call__(self, carry, layer, c_BxD, angles_NxK, text_BxLxD):
-        s, hidden = carry
+        (s, hidden), (number, modulation_Bx6D) = carry, layer
         block = self.block(self.heads, self.dtype, self.attention, self.wide, name="block")
-        s = block(s, c_BxD, angles_NxK, text_BxLxD)
+        s = block(s, c_BxD, angles_NxK, text_BxLxD, modulation_Bx6D)
         if self.hidden_layer is not None:
-            hidden = jnp.where(layer == self.hidden_layer, s, hidden)
+            hidden = jnp.where(number == self.hidden_layer, s, hidden)
         return (s, hidden), None
 
 
@@ -136,13 +149,18 @@ class Transformer(nn.Module):
     def __call__(
         self,
         s_BxNxD: Array,
-        c_BxD: Array,
+        c_BxD: Array | None,
         angles_NxK: Array | None,
         text_BxLxD: Array | None = None,
         hidden_layer: int | None = None,
+        modulation_BxLx6D: Array | None = None,
     ) -> tuple[Array, Array | None]:
-        """Returns the tokens after the last block and, if asked, those after block `hidden_layer` (1 is the first)."""
+        """Returns the tokens after the last block and, if asked, those after block `hidden_layer` (1 is the first).
+
+        With `modulation_BxLx6D`, of one row for all or one each (see `modulations`), the conditions c are not needed.
+        """
         block = rematerialised(Block, self.remat, prevent_cse=not self.scan)
+        fields = block, self.heads, self.dtype, self.attention, self.wide, hidden_layer
         layers = nn.scan(
             _Layer,
             variable_axes={"params": 0},
@@ -151,9 +169,41 @@ class Transformer(nn.Module):
             length=self.depth,
             unroll=1 if self.scan else self.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(block, self.heads, self.dtype, self.attention, self.wide, hidden_layer, name="layers")
+        )(*fields, name="layers")
         # The second carry enters linearly and outside the remat: the backward pass needs no copy of it per layer.
         hidden = None if hidden_layer is None else jnp.zeros_like(s_BxNxD)
-        numbers = jnp.arange(1, self.depth + 1)
-        (s_BxNxD, hidden), _ = layers((s_BxNxD, hidden), numbers, c_BxD, angles_NxK, text_BxLxD)
+        modulation_LxBx6D = None if modulation_BxLx6D is None else modulation_BxLx6D.swapaxes(0, 1)
+        each, rest = (jnp.arange(1, self.depth + 1), modulation_LxBx6D), (c_BxD, angles_NxK, text_BxLxD)
+        if not self.has_variable("params", "layer_0"):
+            (s_BxNxD, hidden), _ = layers((s_BxNxD, hidden), each, *rest)
+            return s_BxNxD, hidden
+        for i in range(self.depth):  # see `unstacked`
+            layer = _Layer(*fields, name=f"layer_{i}")
+            (s_BxNxD, hidden), _ = layer((s_BxNxD, hidden), jax.tree.map(lambda x, i=i: x[i], each), *rest)
         return s_BxNxD, hidden
+
+    def modulations(self, c: Array) -> Array:
+        """What modulates every block, of many conditions at once: (…, D) → (…, L, 6D)."""
+        layer, kernels = _modulation(c.shape[-1], self.dtype, parent=None), self.variables["params"]["layers"]["block"]
+        m_Lx6xD = jax.lax.map(lambda linear: layer.apply({"params": linear}, c), kernels["modulation"])
+        return jnp.moveaxis(m_Lx6xD.reshape(*m_Lx6xD.shape[:-2], -1), 0, -2)
+
+
+def unstacked(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A network's parameters with a tree for each block, `layer_0` …, where they were stacked; a network takes both.
+
+    An unrolled network that is called in a loop would cut each block's matrices out of the stacks at every turn.
+    """
+
+    def part(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        if "layers" not in tree:
+            return tree
+        depth = len(jax.tree.leaves(tree["layers"])[0])
+        return {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], tree["layers"]) for i in range(depth)}
+
+    return {name: part(tree) for name, tree in params.items()}
+
+
+def _modulation(width: int, dtype: jnp.dtype, **named: Any) -> Linear:
+    """From a condition to a block's shift, scale and gate of attention, and those of the SwiGLU: (…, D) → (…, 6, D)."""
+    return Linear((6, width), ("width", None, "modulation"), dtype=dtype, **named)

@@ -1,14 +1,19 @@
 """The pixel decoder: a light, attention-free network on every pixel at full resolution (paper, section 3.2)."""
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from deco_jax.models.dit import rematerialised
-from deco_jax.models.layers import Linear, from_patches, layer_norm, modulate, rotary_angles, to_patches, uniform
+from deco_jax.models.dit import REMAT_POLICIES
+from deco_jax.models.layers import Axes, from_patches, rotary_angles, to_patches, uniform
+from deco_jax.ops.decoder import Form, decode
 
 INTERACTIONS = ("adaln", "add")  # of a patch's token with the queries of its pixels
 
@@ -36,49 +41,56 @@ def rotary_position_features(side: int) -> np.ndarray:
 POSITION_FEATURES = {"waves": pixel_position_features, "rotary": rotary_position_features}
 
 
-class PixelQuery(nn.Module):
-    """Linear([colours, 64 position features] → d), with the constant part computed once, not at every patch."""
+class LinearParameters(nn.Module):
+    """Those of a linear layer that is computed elsewhere, with the initialisations of `Linear`."""
+
+    features: tuple[int, ...]
+    axes: Axes  # logical names of the kernel's axes: the input's, then the features'
+    init: Literal["torch", "xavier", "zeros"]
+
+    @nn.compact
+    def __call__(self, fan_in: int) -> dict[str, Array]:
+        """{kernel (fan_in, *features), bias (*features)}, fp32."""
+        torch, zeros = uniform(1 / math.sqrt(fan_in)), nn.initializers.zeros
+        kernel_init, bias_init = {
+            "torch": (torch, torch),
+            "xavier": (uniform(math.sqrt(6 / (fan_in + math.prod(self.features)))), zeros),
+            "zeros": (zeros, zeros),
+        }[self.init]
+        kernel_init = nn.with_logical_partitioning(kernel_init, self.axes)
+        bias_init = nn.with_logical_partitioning(bias_init, self.axes[1:])
+        kernel = self.param("kernel", kernel_init, (fan_in, *self.features), jnp.float32)
+        return {"kernel": kernel, "bias": self.param("bias", bias_init, self.features, jnp.float32)}
+
+
+class NormParameters(nn.Module):
+    """Scale and bias of a LayerNorm that is computed elsewhere."""
 
     width: int
-    dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, pixels_BxNxPxC: Array, position_Px64: Array) -> Array:
-        """(B, N, P, C) → (B, N, P, d); C is 3, or more where a query stands for several pixels."""
-        colours = pixels_BxNxPxC.shape[-1]
-        channels = colours + position_Px64.shape[-1]
-        init = uniform(1 / math.sqrt(channels))
-        kernel_init = nn.with_logical_partitioning(init, (None, "decoder_width"))
-        kernel = self.param("kernel", kernel_init, (channels, self.width), jnp.float32)
-        bias = self.param("bias", nn.with_logical_partitioning(init, ("decoder_width",)), (self.width,), jnp.float32)
-        colour_kernel, position_kernel = kernel[:colours].astype(self.dtype), kernel[colours:]
-        return pixels_BxNxPxC.astype(self.dtype) @ colour_kernel + (position_Px64 @ position_kernel + bias).astype(
-            self.dtype
-        )
+    def __call__(self) -> dict[str, Array]:
+        """{scale (width,), bias (width,)}, fp32."""
+        inits = {"scale": nn.initializers.ones, "bias": nn.initializers.zeros}
+        boxed = {name: nn.with_logical_partitioning(init, ("decoder_width",)) for name, init in inits.items()}
+        return {name: self.param(name, init, (self.width,), jnp.float32) for name, init in boxed.items()}
 
 
-class ResidualBlock(nn.Module):
-    """q ← q + gate·Linear(SiLU(Linear(LN(q)(1 + scale) + shift))), modulated by SiLU(condition) query by query.
+class BlockParameters(nn.Module):
+    """Those of a residual block."""
 
-    Without a condition nothing is modulated: q ← q + Linear(SiLU(Linear(LN(q)))).
-    """
-
-    dtype: jnp.dtype
+    width: int
+    interaction: str  # one of INTERACTIONS
 
     @nn.compact
-    def __call__(self, q_BxNxPxd: Array, condition_BxNxPxd: Array | None) -> Array:
-        """Both (B, N, P, d); returns q."""
-        width = q_BxNxPxd.shape[-1]
-        axes = ("decoder_width", "decoder_width_out")
-        h, gate = layer_norm("decoder_width", self.dtype, "norm")(q_BxNxPxd), 1
-        if condition_BxNxPxd is not None:
-            modulation = Linear(
-                (3, width), ("decoder_width", None, "decoder_width_out"), "zeros", dtype=self.dtype, name="modulation"
-            )(nn.silu(condition_BxNxPxd))
-            shift, scale, gate = modulation[..., 0, :], modulation[..., 1, :], modulation[..., 2, :]
-            h = modulate(h, shift, scale)
-        h = nn.silu(Linear(width, axes, "xavier", dtype=self.dtype, name="in")(h))
-        return q_BxNxPxd + gate * Linear(width, axes, "xavier", dtype=self.dtype, name="out")(h)
+    def __call__(self) -> dict[str, dict[str, Array]]:
+        """{norm, modulation unless conditions are added, in, out}."""
+        d, axes = self.width, ("decoder_width", "decoder_width_out")
+        parameters = {"norm": NormParameters(d, name="norm")()}
+        if self.interaction == "adaln":
+            modulation = LinearParameters((3, d), (axes[0], None, axes[1]), "zeros", name="modulation")
+            parameters["modulation"] = modulation(d)
+        return parameters | {name: LinearParameters((d,), axes, "xavier", name=name)(d) for name in ("in", "out")}
 
 
 class PixelDecoder(nn.Module):
@@ -100,26 +112,30 @@ class PixelDecoder(nn.Module):
     dtype: jnp.dtype
     remat: str  # a key of REMAT_POLICIES
     positions: str = "waves"  # a key of POSITION_FEATURES
+    implementation: str = "auto"  # of ops/decoder.py
 
     @nn.compact
     def __call__(self, pixels_BxNxPx3: Array, tokens_BxNxD: Array) -> Array:
         """pixels: noised RGB, patch by patch; tokens: the transformer's output. Returns fp32, shaped as pixels."""
-        d, p, r = self.width, self.patch_size, self.group
-        places = POSITION_FEATURES[self.positions](p // r)
+        d, p, r, axes = self.width, self.patch_size, self.group, ("decoder_width", "decoder_width_out")
+        places, colours = POSITION_FEATURES[self.positions](p // r), 3 * r * r
+        condition = LinearParameters((len(places), d), ("width", "pixels", axes[0]), "xavier", name="condition")
+        parameters = {
+            "query": LinearParameters((d,), (None, axes[0]), "torch", name="query")(colours + places.shape[1]),
+            "in": LinearParameters((d,), axes, "xavier", name="in")(d),
+            "condition": condition(tokens_BxNxD.shape[-1]),
+            **{f"block_{i}": BlockParameters(d, self.interaction, name=f"block_{i}")() for i in range(self.depth)},
+            "out": LinearParameters((colours,), (axes[0], None), "zeros", name="out")(d),
+        }
+        form = Form(self.depth, self.interaction, self.dtype, functools.partial(_rematerialised, self.remat))
         squares = pixels_BxNxPx3 if r == 1 else _to_squares(pixels_BxNxPx3, p, r)
-        q = PixelQuery(d, self.dtype, name="query")(squares, jnp.asarray(places))
-        q = Linear(d, ("decoder_width", "decoder_width_out"), "xavier", dtype=self.dtype, name="in")(q)
-        condition = Linear(
-            (len(places), d), ("width", "pixels", "decoder_width"), "xavier", dtype=self.dtype, name="condition"
-        )(tokens_BxNxD)
-        if self.interaction == "add":
-            q, condition = q + condition, None
-        block = rematerialised(ResidualBlock, self.remat)
-        for i in range(self.depth):
-            q = block(self.dtype, name=f"block_{i}")(q, condition)
-        q = layer_norm(None, self.dtype, "norm")(q)
-        out = Linear(3 * r * r, ("decoder_width", None), "zeros", dtype=self.dtype, name="out")(q).astype(jnp.float32)
+        out = decode(parameters, squares, tokens_BxNxD, places, form, self.implementation)
         return out if r == 1 else _from_squares(out, p, r)
+
+
+def _rematerialised(remat: str, block: Callable) -> Callable:
+    """The block, of which the backward pass recomputes what `remat`, a key of REMAT_POLICIES, does not keep."""
+    return block if remat == "none" else jax.checkpoint(block, policy=REMAT_POLICIES[remat])
 
 
 def _to_squares(pixels_BxNxPxC: Array, p: int, r: int) -> Array:

@@ -6,8 +6,9 @@ from jax import Array, lax
 
 from deco_jax.models.dit import rematerialised
 from deco_jax.models.layers import Linear, rms_norm
-from deco_jax.models.pixel_decoder import PixelQuery, pixel_position_features
+from deco_jax.models.pixel_decoder import LinearParameters, pixel_position_features
 from deco_jax.models.trunk import ClassConditional
+from deco_jax.ops.decoder import query
 
 
 class PixNerd(ClassConditional, kw_only=True):
@@ -63,7 +64,8 @@ class FieldDecoder(nn.Module):
     def __call__(self, pixels_BxNxPx3: Array, tokens_BxNxD: Array) -> Array:
         """pixels: noised RGB, patch by patch; tokens: the transformer's output. Returns fp32, shaped as pixels."""
         position_Px64 = jnp.asarray(pixel_position_features(self.patch_size))
-        q = PixelQuery(self.width, self.dtype, name="query")(pixels_BxNxPx3, position_Px64)
+        parameters = LinearParameters((self.width,), (None, "decoder_width"), "torch", name="query")(3 + 64)
+        q = query(parameters, pixels_BxNxPx3, position_Px64, self.dtype)
         block = rematerialised(FieldBlock, self.remat)
         for j in range(self.depth):
             q = block(self.expansion, self.dtype, name=f"block_{j}")(q, tokens_BxNxD)

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from deco_jax.ops import attention_tpu
+from deco_jax.ops.attention_tpu import NORM_EPSILON, Norms
 from deco_jax.ops.door import Implementation, choose
-
-NORM_EPSILON = 1e-6
-Norms = tuple[Array, Array]  # weights (e,) of the RMSNorm of queries and of that of keys, fp32
 
 
 def attention(
@@ -26,7 +25,7 @@ def attention(
 
     Args:
       qkv_BxNx3xHxE: queries, keys and values as the linear layer puts them out.
-      norms: RMS-normalise queries and keys over a head's channels.
+      norms: RMS-normalise queries and keys over a head's channels, with these weights (e,).
       angles_NxK: then turn each pair of channels of both by the token's angles, (N, e/2).
       text_kv_BxLx2xHxE: keys and values of text to look at as well; the keys are normed, not turned.
       implementation: "auto", or the name of one in TABLE.
@@ -94,6 +93,7 @@ def _refused_by_cudnn(qkv_BxNx3xHxE: Array, *others: object) -> str:
 
 
 TABLE = (
+    Implementation("pallas", attention_tpu.attention, ("tpu",), attention_tpu.refuses),
     Implementation("cudnn", functools.partial(_library, implementation="cudnn"), ("gpu",), _refused_by_cudnn),
     Implementation("xla", functools.partial(_library, implementation="xla")),
 )

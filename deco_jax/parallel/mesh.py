@@ -51,6 +51,9 @@ PRESETS = {
     # Several TPU slices, or GPU nodes: FSDP within one, where links are fast, and data parallelism between them. The
     # slower network sees the sum of the gradients once per step, of which each device sends its own part.
     "hybrid": {"slices": -1, "data": 1, "fsdp": -1, "tensor": 1},
+    # ZeRO-1: every device keeps a part of the state and, while it computes, a whole copy of the parameters in the dtype
+    # of the products (1.4 GB for XL). Parameters are gathered once per step, gradients are sent once.
+    "zero1": {"slices": 1, "data": 1, "fsdp": -1, "tensor": 1, "compute": "whole"},
 }
 
 
@@ -59,7 +62,9 @@ class Layout:
     """Devices as a mesh, and the rules by which arrays are split over it."""
 
     mesh: Mesh
-    rules: Rules = RULES
+    rules: Rules = RULES  # of all that is kept between steps: parameters in fp32, moments, moving average
+    whole: bool = False  # parameters while they compute, and their gradients until they are added up, are not split
+    # over data and fsdp; otherwise they lie as they are kept, and every layer gathers its own
 
 
 def axis_sizes(config: ConfigDict) -> dict[str, int]:
@@ -69,7 +74,7 @@ def axis_sizes(config: ConfigDict) -> dict[str, int]:
       UsageError: no such preset, it names an unknown axis, or a size is not one.
     """
     names = ("slices", *AXES)
-    preset, _ = _preset(config.preset)
+    preset, _, _ = _preset(config.preset)
     unknown = sorted(set(preset) - set(names))
     if unknown:
         raise UsageError(
@@ -84,18 +89,24 @@ def axis_sizes(config: ConfigDict) -> dict[str, int]:
     return sizes
 
 
-def _preset(name: str) -> tuple[dict[str, Any], Rules]:
-    """(sizes, rules) of a preset, or of the file of that name: its get_config() may have "rules" among the sizes."""
+def _preset(name: str) -> tuple[dict[str, int], Rules, bool]:
+    """(sizes, rules, whole) of a preset, or of the file of that name.
+
+    Its get_config() may have among the sizes "rules", and "compute": "whole" (see `Layout`) or "split".
+    """
     if name in PRESETS:
-        return PRESETS[name], RULES
+        sizes = dict(PRESETS[name])
+        return sizes, RULES, sizes.pop("compute", "split") == "whole"
     if not name.endswith(".py") or not pathlib.Path(name).is_file():
         known = ", ".join(PRESETS)
         raise UsageError(f"mesh.preset={name!r} does not exist; there are: {known}, or a path to a file of yours.")
     try:
         sizes = dict(runpy.run_path(name)["get_config"]())
-        replaced = dict(sizes.pop("rules", {}))
+        replaced, compute = dict(sizes.pop("rules", {})), sizes.pop("compute", "split")
     except Exception as error:  # the file is a program; whatever it raises is the answer to "why not"
         raise UsageError(f"mesh.preset={name} has no get_config() that gives sizes: {error!r}") from error
+    if compute not in ("split", "whole"):
+        raise UsageError(f"mesh.preset={name} has compute={compute!r}; parameters compute split or whole.")
     allowed = sorted(LOGICAL_AXES - {"batch"})  # which stays split over data and fsdp
     for logical, axes in replaced.items():
         places = () if axes is None else (axes,) if isinstance(axes, str) else axes
@@ -105,7 +116,7 @@ def _preset(name: str) -> tuple[dict[str, Any], Rules]:
                 f"None, or to some of {', '.join(AXES)}."
             )
         replaced[logical] = tuple(places)
-    return sizes, tuple((dict(RULES) | replaced).items())
+    return sizes, tuple((dict(RULES) | replaced).items()), compute == "whole"
 
 
 def make_layout(config: ConfigDict, devices: Sequence[Any] | None = None) -> Layout:
@@ -129,8 +140,8 @@ def make_layout(config: ConfigDict, devices: Sequence[Any] | None = None) -> Lay
         where = f"{len(devices)} devices here" if len(groups) == 1 else f"{len(groups[0])} devices of a slice"
         raise UsageError(f"{text} do not multiply to the {where}.")
     parts = np.concatenate([_lay_out(group, shape) for group in groups])
-    _, rules = _preset(config.preset)
-    return Layout(Mesh(parts, AXES, axis_types=(AxisType.Auto,) * len(AXES)), rules)
+    _, rules, whole = _preset(config.preset)
+    return Layout(Mesh(parts, AXES, axis_types=(AxisType.Auto,) * len(AXES)), rules, whole)
 
 
 def local_layout() -> Layout:

@@ -32,7 +32,7 @@ from deco_jax.sampling.sample import compiled_sampler
 from deco_jax.sampling.settings import Sampling
 from deco_jax.training.start import abstract_state, check_devices
 from deco_jax.training.state import TrainState
-from deco_jax.training.step import TrainStep, jit_step, make_train_step, step_flops
+from deco_jax.training.step import TrainStep, is_matrix, jit_step, make_train_step, step_flops
 
 Report = dict[str, Any]  # what --json prints
 
@@ -275,11 +275,15 @@ def local_bytes(tree: Any) -> float:
 def check_gradients(found: cost.Cost, program: Program) -> None:
     """Raises TextError if less is sent than the gradients that a device must get from the others.
 
-    Where the batch is split, a device sends at least once, in the run's dtype, the size of the gradients that it keeps.
+    Where the batch is split, a device sends at least once, in the dtype of `optimizer.gradient_dtype`, the size of the
+    gradients that it keeps; those of parameters that are no matrices are few, and counted in the run's dtype.
     """
-    mesh, state = program.layout.mesh, program.state
-    width = jnp.dtype(program.config.model.dtype).itemsize / jnp.dtype("float32").itemsize  # the parameters are fp32
-    gradients = width * local_bytes(state.params) if meshes.batch_devices(mesh) > 1 else 0.0
+    config = program.config
+    width = {True: jnp.dtype(config.optimizer.gradient_dtype).itemsize, False: jnp.dtype(config.model.dtype).itemsize}
+    gradients = 0.0
+    if meshes.batch_devices(program.layout.mesh) > 1:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(program.state.params):
+            gradients += local_bytes(leaf) / leaf.dtype.itemsize * width[is_matrix(path)]
     sent = sum(c.wire_bytes for c in found.collectives)
     if sent < 0.9 * gradients:  # some are equal, and sent once
         raise hlo.TextError(

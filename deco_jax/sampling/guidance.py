@@ -13,7 +13,7 @@ Velocity = Callable[[Array, Array, Any], Array]  # (x (B,H,W,3), t (B,), conditi
 
 def guided_slope(
     velocity: Velocity, condition: Any, null: Any, guidance: float, guided_steps: np.ndarray
-) -> Callable[[Array, Array, Array], tuple[Array, tuple]]:
+) -> Callable[..., tuple[Array, tuple]]:
     """The slope for `solvers.integrate`: guided on the steps that `guided_steps` (steps,) marks, plain on the others.
 
     Guided, it is v_null + guidance·(v_condition − v_null), both halves in one call of the network. The two halves of an
@@ -21,7 +21,8 @@ def guided_slope(
 
     Args:
       velocity: the network.
-      condition, null: what each image shows, and what guidance leads away from: trees of arrays (B, …).
+      condition, null: what each image shows, and what guidance leads away from: trees of arrays (B, …). Where the null
+        has one row it is that of all images; where the condition has one, it and the null are the same.
       guidance: weight of the guidance.
       guided_steps: see `Sampling.guided_steps`.
     """
@@ -29,15 +30,15 @@ def guided_slope(
     def plain(x: Array, t_B: Array) -> Array:
         return velocity(x, t_B, condition)
 
-    def double(a: Array, b: Array) -> Array:
-        return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
-
     def guided(x: Array, t_B: Array) -> Array:
+        def double(a: Array, b: Array) -> Array:
+            return jnp.stack(jnp.broadcast_arrays(a, b), axis=1).reshape(-1, *a.shape[1:]) if len(a) == len(x) else a
+
         v = velocity(double(x, x), double(t_B, t_B), jax.tree.map(double, condition, null))
         v_condition, v_null = jnp.moveaxis(v.reshape(-1, 2, *v.shape[1:]), 1, 0)
         return v_null + guidance * (v_condition - v_null)
 
-    def slope(x: Array, t_B: Array, is_guided: Array) -> tuple[Array, tuple]:
+    def slope(x: Array, t_B: Array, is_guided: Array, number: Array | None = None) -> tuple[Array, tuple]:
         if guided_steps.all():
             return guided(x, t_B), ()
         if not guided_steps.any():

@@ -11,7 +11,8 @@ import numpy as np
 from jax import Array
 
 State = tuple[Array, ...]
-Slope = Callable[[Array, Array], tuple[Array, Any]]  # (x (B,H,W,3), t scalar) → (v (B,H,W,3), anything to collect)
+# (x (B,H,W,3), t and its number among all times, scalars) → (v (B,H,W,3), anything to collect)
+Slope = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
 class Step(NamedTuple):
@@ -56,7 +57,7 @@ class Euler(Solver):
     def step(self, slope: Slope, state: State, now: Step, keys_B: Array | None) -> tuple[State, Array, Any]:
         """See `Solver`."""
         (x,) = state
-        v, seen = slope(x, now.t)
+        v, seen = slope(x, now.t, now.number)
         return (x + now.dt * v,), x, seen
 
 
@@ -78,7 +79,7 @@ class StochasticEuler(Solver):
     def step(self, slope: Slope, state: State, now: Step, keys_B: Array | None) -> tuple[State, Array, Any]:
         """See `Solver`."""
         (x,) = state
-        v, seen = slope(x, now.t)
+        v, seen = slope(x, now.t, now.number)
         drift = (1 + now.t) * v - x
         return (x + now.dt * drift + now.constants * step_noise(keys_B, now.number, x.shape[1:]),), x, seen
 
@@ -113,7 +114,7 @@ class Heun(Solver):
     def step(self, slope: Slope, state: State, now: Step, keys_B: Array | None) -> tuple[State, Array, Any]:
         """See `Solver`."""
         predicted, before, v_before = state
-        v, seen = slope(predicted, now.t)
+        v, seen = slope(predicted, now.t, now.number)
         x = before + now.constants * (v_before + v) / 2
         return (x + now.dt * v, x, v), x, seen
 
@@ -133,8 +134,8 @@ class ExactHeun(Solver):
     def step(self, slope: Slope, state: State, now: Step, keys_B: Array | None) -> tuple[State, Array, Any]:
         """See `Solver`."""
         (x,), (end, is_last) = state, now.constants
-        v, seen = slope(x, now.t)
-        v_end = jax.lax.cond(is_last, lambda: v, lambda: slope(x + now.dt * v, end)[0])
+        v, seen = slope(x, now.t, now.number)
+        v_end = jax.lax.cond(is_last, lambda: v, lambda: slope(x + now.dt * v, end, now.number + 1)[0])
         return (x + now.dt * (v + v_end) / 2,), x, seen
 
 
@@ -173,7 +174,7 @@ class Adams(Solver):
     def step(self, slope: Slope, state: State, now: Step, keys_B: Array | None) -> tuple[State, Array, Any]:
         """See `Solver`."""
         x, *older = state
-        v, seen = slope(x, now.t)
+        v, seen = slope(x, now.t, now.number)
         slopes = [v, *older]
         change = sum(now.constants[j] * v_j for j, v_j in enumerate(slopes))
         return (x + change, *slopes[:-1]), x, seen
@@ -193,7 +194,7 @@ SOLVERS: dict[str, Solver] = {
 
 def integrate(
     solver: Solver,
-    slope: Callable[[Array, Array, Array], tuple[Array, Any]],
+    slope: Callable[[Array, Array, Array, Array], tuple[Array, Any]],
     noise_BxHxWx3: Array,
     times: np.ndarray,
     guided_steps: np.ndarray,
@@ -204,7 +205,8 @@ def integrate(
 
     Args:
       solver: one of SOLVERS.
-      slope: (x, t (B,), whether this step is guided, a traced boolean) → (v, anything to collect).
+      slope: (x, t (B,), whether this step is guided, the number of t among `times`; both traced) → (v, anything to
+        collect).
       noise_BxHxWx3: x at times[0].
       times: (steps + 1,) rising, float64.
       guided_steps: (steps,) booleans, handed to `slope`.
@@ -220,7 +222,11 @@ def integrate(
 
     def step(carry: tuple[State, Array | None], inputs: tuple[Step, Array]) -> tuple[tuple[State, Array | None], Any]:
         (state, kept), (now, is_guided) = carry, inputs
-        state, x, seen = solver.step(lambda x, t: slope(x, jnp.full(x.shape[0], t), is_guided), state, now, keys_B)
+
+        def slope_now(x: Array, t: Array, number: Array) -> tuple[Array, Any]:
+            return slope(x, jnp.full(x.shape[0], t), is_guided, number)
+
+        state, x, seen = solver.step(slope_now, state, now, keys_B)
         if kept is not None:
             place = jnp.where(now.number % trajectory == 0, now.number // trajectory, len(kept))
             kept = kept.at[place].set(x, mode="drop")

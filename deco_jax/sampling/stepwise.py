@@ -14,8 +14,9 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
+from deco_jax.sampling.conditioning import in_compute_dtype
 from deco_jax.sampling.guidance import guided_slope
-from deco_jax.sampling.sample import Inputs
+from deco_jax.sampling.sample import Inputs, fill_up, round_batch
 from deco_jax.sampling.settings import Sampling
 from deco_jax.sampling.solvers import SOLVERS, State, Step, list_steps
 
@@ -31,13 +32,16 @@ def sample_stepwise(model: nn.Module, params: Any, inputs: Inputs, settings: Sam
       inputs: of `read_inputs`.
     """
     solver, step = SOLVERS[settings.solver], compiled_step(model, settings.solver)
-    steps, guided = list_steps(solver, settings.times), settings.guided_steps
+    steps, guided, number = list_steps(solver, settings.times), settings.guided_steps, len(inputs.noise_BxHxWx3)
+    params = in_compute_dtype(params, model.dtype)
+    if len(inputs.noise_BxHxWx3.devices()) == 1:
+        inputs = fill_up(inputs, round_batch(number))
     state = solver.init(inputs.noise_BxHxWx3.astype(jnp.float32))
     for k in range(settings.steps):
         now = jax.tree.map(lambda values, k=k: values[k], steps)
         state, x = step(params, state, now, inputs, np.float32(settings.guidance), is_guided=bool(guided[k]))
-        yield jax.block_until_ready(x)
-    yield state[0]
+        yield jax.block_until_ready(x)[:number]
+    yield state[0][:number]
 
 
 @functools.lru_cache(maxsize=16)
@@ -53,7 +57,7 @@ def compiled_step(model: nn.Module, solver: str) -> Callable[..., tuple[State, A
 
         slope = guided_slope(velocity, inputs.condition, inputs.null, guidance, np.array([is_guided]))
         state, x, _ = SOLVERS[solver].step(
-            lambda x, t: slope(x, jnp.full(x.shape[0], t), is_guided), state, now, inputs.keys_B
+            lambda x, t, _: slope(x, jnp.full(x.shape[0], t), is_guided), state, now, inputs.keys_B
         )
         return state, x
 

@@ -24,6 +24,8 @@ from deco_jax.encoders.teacher import load_teacher
 from deco_jax.encoders.text import TextEncoder, encode_on, load_run_encoder, stored_weights
 from deco_jax.errors import UsageError
 from deco_jax.models.build import network_fields
+from deco_jax.ops import attention, decoder
+from deco_jax.ops.door import platform
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel import processes
 from deco_jax.parallel.mesh import Layout
@@ -184,6 +186,13 @@ def check_devices(config: ConfigDict, mesh: Mesh) -> None:
         )
     if heads % tensor:
         raise UsageError(f"mesh.tensor={tensor} must divide model.heads={heads}.")
+    with jax.set_mesh(mesh):
+        here = platform()
+    for field, table in (("attention", attention.TABLE), ("decoder", decoder.TABLE)):
+        wanted = config.model[field]
+        needs = next((known.platforms for known in table if known.name == wanted), ())
+        if needs and here not in needs:
+            raise UsageError(f"model.{field}={wanted!r} needs a {' or '.join(needs).upper()}; 'auto' runs everywhere.")
 
 
 def _boxed_state(train_step: TrainStep, layout: Layout) -> TrainState:

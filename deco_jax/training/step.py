@@ -18,7 +18,9 @@ from deco_jax.diffusion.objective import Objective
 from deco_jax.encoders.frozen import Frozen
 from deco_jax.models import Projector
 from deco_jax.models.flops import forward_flops
-from deco_jax.parallel.mesh import Flag, Layout, messages_sharding, replicated
+from deco_jax.ops.product import gradients_in
+from deco_jax.parallel.gradients import gathered_by_layer, sum_apart
+from deco_jax.parallel.mesh import Flag, Layout, batch_devices, messages_sharding, replicated, state_shardings
 from deco_jax.training.optimizer import clip, learning_rate, make_optimizer
 from deco_jax.training.state import TrainState
 
@@ -71,36 +73,68 @@ class TrainStep:
         """
         return self.update(state, *self.gradients(state, batch, frozen_params))
 
-    def gradients(self, state: TrainState, batch: Batch, frozen_params: Any = None) -> tuple[Any, Metrics]:
-        """(gradients, losses) of one global batch; see `__call__`."""
-        parts = self.config.optimizer.accumulation
+    def gradients(
+        self, state: TrainState, batch: Batch, frozen_params: Any = None, kept: tuple[Layout, Any] | None = None
+    ) -> tuple[Any, Metrics]:
+        """(gradients, losses) of one global batch; see `__call__`.
+
+        `kept`: the layout that the step runs on, and the shardings of its parameters between steps. Where they compute
+        whole, so says the layout, or so says `optimizer.accumulate` of several parts, devices add up once a step.
+        """
         keys_B = example_keys(jax.random.key(self.config.seed), state.step, batch["image"].shape[0])
+        if kept is None or not self._works_apart(kept[0]):
+            differentiate, layout = functools.partial(self._differentiate, state.params), kept and kept[0]
+            return self._mean(lambda part: differentiate(self._prepare(frozen_params, *part, layout)), (keys_B, batch))
+        return sum_apart(
+            lambda params, examples: self._mean(functools.partial(self._differentiate, params), examples),
+            state.params,
+            self._prepare(frozen_params, keys_B, batch, kept[0]),
+            *kept,
+            is_matrix=is_matrix,
+            compute_dtype=self.config.model.dtype,
+            gradient_dtype=self.config.optimizer.gradient_dtype,
+        )
+
+    def _works_apart(self, layout: Layout) -> bool:
+        """Whether every device differentiates on its own."""
+        optimizer = self.config.optimizer
+        once = optimizer.accumulate == "step" and optimizer.accumulation > 1
+        return batch_devices(layout.mesh) > 1 and (layout.whole or once)
+
+    def _mean(self, differentiate: Callable[[Any], tuple[Any, Metrics]], examples: Any) -> tuple[Any, Metrics]:
+        """What `differentiate` gives for all examples, worked through in `optimizer.accumulation` parts; sums fp32."""
+        parts = self.config.optimizer.accumulation
+        if parts == 1:
+            return differentiate(examples)
 
         def split(x: Array) -> Array:
             """(B, …) → (parts, B/parts, …), every device keeping its own examples."""
             return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
-        gradients = functools.partial(self._part_gradients, state.params, frozen_params)
-        if parts == 1:
-            return gradients((keys_B, batch))
-        first = jax.eval_shape(gradients, jax.tree.map(lambda x: split(x)[0], (keys_B, batch)))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+        examples = jax.tree.map(split, examples)
+        first = jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], examples))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), first)
         total, _ = jax.lax.scan(
-            lambda sums, part: (jax.tree.map(jnp.add, sums, gradients(part)), None),
-            zeros,
-            jax.tree.map(split, (keys_B, batch)),
+            lambda sums, part: (jax.tree.map(jnp.add, sums, differentiate(part)), None), zeros, examples
         )
         return jax.tree.map(lambda x: x / parts, total)
 
-    def _part_gradients(self, params: Any, frozen_params: Any, part: tuple[Array, Batch]) -> tuple[Any, Metrics]:
-        """(gradients, losses) of examples and their keys."""
-        keys, batch = part
+    def _prepare(
+        self, frozen_params: Any, keys_B: Array, batch: Batch, layout: Layout | None = None
+    ) -> tuple[Batch, Draws]:
+        """What is differentiated at: images in fp32, conditions that are dropped replaced, frozen networks' fields."""
         images = nn.with_logical_constraint(to_float(batch["image"]), ("batch", None, None, None))
-        draws = self.draw(keys, images.shape[1:])
+        draws = self.draw(keys_B, images.shape[1:])
         batch = {**self.network.condition.drop(batch, draws.drop_B), "image": images}
         for frozen in self.frozen:
-            batch = frozen(frozen_params[frozen.name], batch)
-        (_, metrics), grads = jax.value_and_grad(self.loss, has_aux=True)(params, batch, draws)
+            weights = frozen_params[frozen.name]
+            batch = frozen(weights if layout is None else _gathered(frozen, weights, layout), batch)
+        return batch, draws
+
+    def _differentiate(self, params: Any, prepared: tuple[Batch, Draws]) -> tuple[Any, Metrics]:
+        """(gradients, losses) of examples and their draws."""
+        with gradients_in(self.config.optimizer.gradient_dtype):
+            (_, metrics), grads = jax.value_and_grad(self.loss, has_aux=True)(params, *prepared)
         return grads, metrics
 
     def loss(self, params: Any, batch: Batch, draws: Draws) -> tuple[Array, Metrics]:
@@ -186,7 +220,7 @@ def jit_step(train_step: TrainStep, abstract: TrainState, layout: Layout) -> Cal
     whole = replicated(layout.mesh)
 
     def step(state: TrainState, batch: Batch, messages: Array, frozen: Any) -> tuple[TrainState, Metrics, Array]:
-        gradients, metrics = train_step.gradients(state, batch, frozen)
+        gradients, metrics = train_step.gradients(state, batch, frozen, (layout, shardings.params))
         # Sent when gradients are there, not beside their collectives: simulated devices have too few threads for two at
         # a time and would wait for each other forever. The sum is never negative, which the compiler cannot know.
         sent = state.skipped_in_a_row + _norm(gradients, metrics)[1] >= 0
@@ -203,6 +237,23 @@ def _norm(gradients: Any, metrics: Metrics) -> tuple[Array, Array]:
     """The global norm of the gradients, and whether it and the loss are finite."""
     norm = optax.tree.norm(gradients)
     return norm, jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+
+
+def _gathered(frozen: Frozen, weights: Any, layout: Layout) -> Any:
+    """A frozen network's parameters, of which every layer gathers its own."""
+    init = functools.partial(jax.eval_shape, lambda example: frozen.module.init(jax.random.key(0), example))
+    shardings = state_shardings(init(frozen.example)["params"], layout)
+    return gathered_by_layer(weights, shardings, is_matrix)
+
+
+def is_matrix(path: tuple[Any, ...]) -> bool:
+    """Whether a parameter is only multiplied, in `model.dtype`: a kernel, but for that of the pixels' queries.
+
+    The others stay fp32, and so do their gradients: the queries' constant part is made in fp32, and of a table several
+    examples may add up one row.
+    """
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return name.endswith("/kernel") and not name.endswith("decoder/query/kernel")
 
 
 def step_flops(train_step: TrainStep, image_size: int) -> float:

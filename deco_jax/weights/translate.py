@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -105,6 +106,17 @@ def from_torch(
         nonfinite[name] = target.size - np.count_nonzero(np.isfinite(target))
     check_finite(nonfinite)
     return unflatten_dict({tuple(path.split("/")): value for path, value in ours.items()})
+
+
+def stored_dtype(path: tuple[Any, ...], dtype: Any) -> np.dtype:
+    """Of a parameter that is not trained: linear layers multiply in `dtype`, so they are stored in it, and tables too.
+
+    Args:
+      path: to the parameter, as of `jax.tree_util`.
+      dtype: of the network's matrix products.
+    """
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return np.dtype(dtype) if name.endswith(MATRICES) else np.dtype(np.float32)
 
 
 def check_finite(nonfinite: Mapping[str, int]) -> None:

@@ -97,6 +97,25 @@ ENTRY = [
 A_TURN = 200 + 4 + 200 + 200 + 4 + 200 + (4 + 4 + 4)  # slice read, its index, row written; row, index, update; counter
 
 
+def test_a_pallas_kernel_reads_its_operands_and_writes_its_results():
+    """As libtpu writes one: what lies in VMEM is free, an operand that is also a result is read and written."""
+    found = cost.read(
+        program(
+            [
+                "  %p = bf16[32,48]{1,0:T(8,128)(2,1)S(1)} parameter(0)",
+                "  %x = f32[256,3,4096]{2,1,0:T(4,128)} parameter(1)",
+                "  %y = f32[16,128]{1,0:T(8,128)} parameter(2)",
+                "  %k = (f32[256,4,4096]{2,1,0:T(4,128)}, f32[16,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)}) "
+                'custom-call(%p, %x, /*index=2*/%y), custom_call_target="tpu_custom_call", '
+                'output_to_operand_aliasing={{1}: (2, {})}, backend_config={"body": "TUxJUg(=="}',
+                "  ROOT %r = f32[256,4,4096]{2,1,0:T(4,128)} get-tuple-element(%k), index=0",
+            ]
+        )
+    )
+    padded = 256 * 4 * 4096 * 4
+    assert found.hbm_bytes == padded + 16 * 128 * 4 + padded + 16 * 128 * 4
+
+
 def test_loops_count_as_often_as_they_turn_and_stacks_by_the_slice():
     found = cost.read(program(ENTRY, SLICED, UPDATED, BODY, CONDITION))
     compare = 4 + 4 + 1  # conditions are not counted: nothing of size happens there

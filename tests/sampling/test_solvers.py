@@ -117,7 +117,7 @@ def _scalar(solver, times):
     for k in range(len(times) - 1):
         constants = jax.tree.map(lambda c: jnp.asarray(c[k]), solver.constants(times))  # noqa: B023
         now = module.Step(k, times[k], times[k + 1] - times[k], constants)
-        state, _, _ = solver.step(lambda x, t: (jnp.cos(4 * t) * x, ()), state, now, None)
+        state, _, _ = solver.step(lambda x, t, _: (jnp.cos(4 * t) * x, ()), state, now, None)
     return state[0].squeeze()
 
 
@@ -132,7 +132,7 @@ def test_the_stochastic_solver_keeps_the_distribution():
     """Data N(0, 0.5²): with the exact velocity the result has its spread; without draws, or with other ones, not."""
     x = jax.random.normal(jax.random.key(1), (64, 8, 8, 3))
 
-    def slope(x, t_B, _):
+    def slope(x, t_B, *_):
         t = t_B[:, None, None, None]
         return x * (0.25 * t - (1 - t)) / (0.25 * t**2 + (1 - t) ** 2), ()
 
@@ -209,7 +209,7 @@ def test_the_null_half_is_not_run_outside_the_interval(solver, guidance, interva
     assert len(seen) == calls and sum(seen) == 2 * s.evaluations
     assert seen.count(4) > 0 if s.guided_steps.any() else set(seen) == {2}
 
-    def both_halves(x, t_B, is_guided):
+    def both_halves(x, t_B, is_guided, _):
         v, v_null = field(x, t_B, condition), field(x, t_B, null)
         return jnp.where(is_guided, v_null + guidance * (v - v_null), v), ()
 

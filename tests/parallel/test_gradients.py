@@ -1,0 +1,108 @@
+"""What devices send each other of parameters and gradients, and in which dtype."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deco_jax.errors import UsageError
+from deco_jax.parallel import mesh as meshes
+from deco_jax.training.start import abstract_state
+from deco_jax.training.step import is_matrix, jit_step, make_train_step
+from tests.helpers import relative_error
+
+pytestmark = pytest.mark.usefixtures("quick_compile", "split_everything")
+
+
+@pytest.fixture(scope="module")
+def split_everything():
+    """Also parameters of a tiny network."""
+    small, meshes.SMALL = meshes.SMALL, 0
+    yield
+    meshes.SMALL = small
+
+
+@pytest.fixture
+def config(tiny_config):
+    tiny_config.data.batch_size, tiny_config.model.dtype = 32, "bfloat16"
+    tiny_config.mesh.preset = "zero1"
+    return tiny_config
+
+
+def program(config):
+    """(the step's program, traced; what it is called with)."""
+    train_step, layout = make_train_step(config), meshes.make_layout(config.mesh)
+    abstract, mesh, rows = abstract_state(train_step, layout), layout.mesh, np.arange(32)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: rng.normal(0, 0.2, p.shape).astype(np.float32), abstract.params)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+    state = zeros.replace(params=params, ema=jax.tree.map(np.copy, params["network"]))
+    state = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), state, abstract)
+    batch = {"image": rng.integers(0, 256, (32, 28, 28, 3), np.uint8), "label": rng.integers(0, 10, 32)}
+    batch["label"] = batch["label"].astype(np.int32)
+    with meshes.use_mesh(layout):
+        placed = meshes.place_batch(batch, mesh, rows, 32)
+        messages = meshes.place_messages(0, np.full(32, -1), mesh, rows, 32)
+        lowered = jit_step(train_step, abstract, layout).lower(state, placed, messages, {})
+    return lowered, (state, placed, messages, {})
+
+
+def sent(lowered, kind):
+    """Dtypes of what each of the collectives that the step itself asks for sends."""
+    found = re.findall(rf'"stablehlo.{kind}"\(.*?\n?.*?\)[^\n]*: \(tensor<[\dx]*x?(\w+)>', lowered.as_text(), re.DOTALL)
+    return found
+
+
+def test_what_is_kept_lies_as_with_fsdp(config):
+    """So that checkpoints are the same, and a run may go on with either."""
+    states = []
+    for preset in ("zero1", "fsdp"):
+        config.mesh.preset = preset
+        states.append(abstract_state(make_train_step(config), meshes.make_layout(config.mesh)))
+    for a, b in zip(*map(jax.tree.leaves, states), strict=True):
+        assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
+
+
+def test_parameters_are_gathered_and_gradients_sent_once_however_many_parts(config):
+    """Matrices in bf16 and their gradients in fp32, the rest in fp32; no parameter twice."""
+    state = abstract_state(make_train_step(config), meshes.make_layout(config.mesh))
+    leaves = jax.tree_util.tree_leaves_with_path(state.params)
+    split = [is_matrix(path) for path, leaf in leaves if not leaf.sharding.is_fully_replicated]
+    for parts in (1, 4):
+        config.optimizer.accumulation = parts
+        lowered, _ = program(config)
+        gathered, scattered = sent(lowered, "all_gather"), sent(lowered, "reduce_scatter")
+        assert sorted(gathered) == sorted("bf16" if matrix else "f32" for matrix in split)
+        assert scattered == ["f32"] * len(split)
+    config.optimizer.gradient_dtype = "bfloat16"
+    assert sorted(sent(program(config)[0], "reduce_scatter")) == sorted("bf16" if matrix else "f32" for matrix in split)
+
+
+def test_a_cast_before_the_gather_changes_no_number(config):
+    """Guards against rounding what a network reads in fp32: the pixels' queries, tables, norms."""
+    metrics, gradients = [], []
+    for preset in ("data", "zero1"):
+        config.mesh.preset = preset
+        lowered, arguments = program(config)
+        with meshes.use_mesh(meshes.make_layout(config.mesh)):
+            state, found, _ = lowered.compile()(*arguments)
+        metrics.append(jax.device_get(found))
+        gradients.append(jax.device_get(state.opt_state[0].mu))
+    for name, value in metrics[0].items():
+        if name.startswith("loss"):
+            assert abs(metrics[1][name] - value) <= 2e-6 * abs(value), name
+    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+        assert relative_error(a, b) < 2e-2, "bf16 products, added up in another order"
+    assert jnp.isfinite(metrics[0]["loss"])
+
+
+def test_a_preset_of_ones_own_may_compute_whole(config, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def get_config():\n    return {'data': 2, 'fsdp': 4, 'compute': 'whole'}\n")
+    config.mesh.preset = str(file)
+    assert meshes.make_layout(config.mesh).whole
+    file.write_text("def get_config():\n    return {'data': 2, 'fsdp': 4, 'compute': 'halved'}\n")
+    with pytest.raises(UsageError, match="has compute='halved'; parameters compute split or whole"):
+        meshes.make_layout(config.mesh)

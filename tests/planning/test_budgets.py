@@ -1,0 +1,72 @@
+"""What may a training step send and move? Budgets of real programs, which libtpu compiles for TPUs that are not here.
+
+Two blocks of DeCo-XL without a teacher, 16 images per chip on v5e:4x4. A budget is what was measured when it was set,
+and a little more; a figure far below it is a reason to lower it.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [
+    pytest.mark.tpu_compiler,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="libtpu is not here: pip install -e '.[tpu]'"
+    ),
+]
+ROOT = pathlib.Path(__file__).parents[2]
+SETTINGS = ("model.depth=2", "loss.alignment_weight=0", "model.attention=xla", "model.decoder=xla")
+
+
+@functools.cache
+def planned(preset, *more):
+    """What `deco plan` says, in a process of its own, as libtpu is never unloaded."""
+    command = [sys.executable, "-m", "deco_jax", "plan", "--config", str(ROOT / "configs/imagenet256_deco_xl.py")]
+    command += ["--topology=v5e:4x4", "--per-device-batch=16", f"--preset={preset}", "--json"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "JAX_PLATFORMS"))}
+    command += [f"--config.{setting}" for setting in (*SETTINGS, *more)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def sent(report):
+    """GB that a device sends."""
+    return sum(kind["wire_bytes"] for kind in report["collectives"].values()) / 1e9
+
+
+def gradients(report):
+    """GB of all gradients, fp32."""
+    return 4 * report["parameters"] / 1e9
+
+
+@pytest.mark.parametrize("preset", ["zero1", "fsdp"])
+def test_accumulation_sends_no_more(preset):
+    """Guards against adding up over devices after every part, which sends four times as much."""
+    once, four = planned("zero1"), planned(preset, "optimizer.accumulation=4")
+    assert sent(four) == pytest.approx(sent(once), rel=0.03)
+
+
+def test_zero1_gathers_once_and_scatters_once():
+    """Parameters in bf16, gradients in fp32: 15/16 of six bytes each, and nothing else but small sums."""
+    report = planned("zero1")
+    kinds, all_of_it = report["collectives"], gradients(report)
+    assert set(kinds) <= {"all-gather", "reduce-scatter", "all-reduce"}
+    assert kinds["all-gather"]["bytes"] / 1e9 == pytest.approx(all_of_it / 2, rel=0.05)
+    assert kinds["reduce-scatter"]["bytes"] / 1e9 == pytest.approx(all_of_it, rel=0.05)
+    assert kinds["all-reduce"]["bytes"] / 1e9 < 0.03 * all_of_it
+    assert sum(kind["times"] for kind in kinds.values()) <= 40
+    half = planned("zero1", "optimizer.gradient_dtype=bfloat16")["collectives"]
+    assert half["reduce-scatter"]["bytes"] < 0.55 * kinds["reduce-scatter"]["bytes"]
+
+
+@pytest.mark.parametrize("preset", ["zero1", "fsdp"])
+def test_examples_stay_where_they_are(preset):
+    assert "all-to-all" not in planned(preset)["collectives"]
