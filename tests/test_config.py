@@ -163,7 +163,8 @@ def test_a_field_younger_than_the_file_has_its_default():
     del values["sample"]["last"], values["model"]["prediction"], values["teacher"]
     del values["data"]["orient"], values["data"]["background"], values["train"]["save_minutes"]
     restored = flatten(restore_config({"config": values}))
-    assert restored == flatten(load_config(QUICKSTART)) | {"data.orient": False, "data.background": ""}
+    decoding = {"data.orient": False, "data.background": ""}
+    assert restored == flatten(load_config(QUICKSTART)) | decoding | {"optimizer.gradient_dtype": "float32"}
 
 
 def test_the_files_of_version_1_are_read_whole():
@@ -189,9 +190,10 @@ def test_the_files_of_version_1_are_read_whole():
         )
         younger |= {name: field.default for name, field in FIELDS.items() if name.startswith(new)}
         younger |= {name: field.default for name, field in FIELDS.items() if name.startswith("evaluate.")}
-        younger |= {"train.evaluate_every": 0}
+        younger |= {"train.evaluate_every": 0, "model.decoder": "auto", "optimizer.accumulate": "part"}
         decoding = {"data.orient": False, "data.background": ""}
-        assert flatten(restore_config(values, name)) == then | younger | decoding
+        computing = {"optimizer.gradient_dtype": then["model.dtype"], "model.attention": "auto"}
+        assert flatten(restore_config(values, name)) == then | younger | decoding | computing
 
 
 def test_migrations_run_in_order_from_the_files_version(monkeypatch):

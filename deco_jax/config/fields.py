@@ -76,7 +76,8 @@ FIELDS: dict[str, Field] = {
     "model.scan": free(True, "one compiled block in a loop; False unrolls: slower to compile, sometimes faster to run"),
     "model.attention": free("auto", "the first of these that can run: pallas (TPU), cudnn (NVIDIA), xla; default: the "
                             "older name of auto", choices=("auto", "pallas", "cudnn", "xla", "default")),
-    "model.decoder": free("auto", "the pixel decoder: pallas (a kernel for TPUs), xla, or auto: the first that can run",
+    "model.decoder": free("auto", "the pixel decoder: pallas (kernels for TPUs and for H100 and H200), xla, or auto: "
+                          "the first that can run",
                           choices=("auto", "pallas", "xla")),
 
     # The data, and the order in which a run sees them.
@@ -143,8 +144,8 @@ FIELDS: dict[str, Field] = {
     "optimizer.decay_steps": free(0, "linear fall to 0 at the end, which is train.steps; 0 = constant", low=0),
     "optimizer.clip_norm": free(0.0, "of the global gradient; 0 = no clipping", low=0),
     "optimizer.accumulation": free(1, "the batch is worked through in this many parts", low=1),
-    "optimizer.accumulate": free("step", "devices add up their gradients once a step, each keeping its own till then; "
-                                 "part = after every part, which sends more and holds less", choices=("step", "part")),
+    "optimizer.accumulate": free("part", "devices add up their gradients after every part; step = once per step, each "
+                                 "keeping a whole one till then", choices=("part", "step")),
     "optimizer.gradient_dtype": free("float32", "in which gradients of matrices cross devices",
                                      choices=("float32", "bfloat16")),
 

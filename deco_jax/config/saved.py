@@ -19,8 +19,14 @@ MIGRATIONS: dict[int, Callable[[Flat], Flat]] = {
     1: lambda flat: {name: value for name, value in flat.items() if value is not None},
     # Took pixels as they lay in the file, whatever its EXIF orientation or transparency.
     2: lambda flat: flat | {"data.orient": False, "data.background": ""},
+    # Devices added up gradients in the dtype of the products; what is `auto` today was `default`.
+    3: lambda flat: (
+        flat
+        | {"optimizer.gradient_dtype": flat.get("model.dtype", "bfloat16")}
+        | ({"model.attention": "auto"} if flat.get("model.attention") == "default" else {})
+    ),
 }
-CONFIG_VERSION = 3
+CONFIG_VERSION = 4
 
 
 def save_config(config: ConfigDict) -> dict[str, Any]:

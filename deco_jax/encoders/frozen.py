@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from deco_jax.models.build import plainly
 from deco_jax.parallel.mesh import Layout, is_boxed, state_shardings
 from deco_jax.weights.translate import stored_dtype
 
@@ -38,7 +39,7 @@ class Frozen:
 
     def abstract_params(self, layout: Layout) -> Any:
         """Shapes, dtypes and shardings of the parameters."""
-        boxed = jax.eval_shape(self.module.init, jax.random.key(0), self.example)["params"]
+        boxed = jax.eval_shape(plainly(self.module).init, jax.random.key(0), self.example)["params"]
 
         def leaf(path: tuple[Any, ...], box: Any) -> jax.ShapeDtypeStruct:
             dtype = stored_dtype(path, self.module.dtype)

@@ -39,7 +39,7 @@ class Trunk(nn.Module, kw_only=True):
     dtype: jnp.dtype = jnp.bfloat16  # of the matrix products; parameters and statistics are fp32
     remat: str = "none"  # what the backward pass recomputes: none, dots or full
     scan: bool = True  # one compiled block looped over, or all blocks unrolled
-    attention: str | None = None  # implementation of jax.nn.dot_product_attention
+    attention: str | None = None  # of ops/attention.py; None = auto
 
     wide = False  # see models/dit.py: Block
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
-from deco_jax.ops.decoder_tpu import fused, why_not_fused
+from deco_jax.ops import decoder_gpu, decoder_tpu
 from deco_jax.ops.door import Implementation, choose
 from deco_jax.ops.product import product
 
@@ -91,4 +91,8 @@ def _layer_norm(x: Array, dtype: jnp.dtype, parameters: Parameters | None = None
     return norm.apply({"params": parameters or {}}, x)
 
 
-TABLE = (Implementation("pallas", fused, ("tpu",), why_not_fused), Implementation("xla", _plain))
+TABLE = (
+    Implementation("pallas", decoder_tpu.fused, ("tpu",), decoder_tpu.why_not_fused),
+    Implementation("pallas", decoder_gpu.fused, ("gpu",), decoder_gpu.why_not_fused),
+    Implementation("xla", _plain),
+)

@@ -51,17 +51,20 @@ def choose(operation: str, table: Sequence[Implementation], wanted: str, *argume
     Raises:
       UsageError: the wanted one does not exist or cannot run.
     """
-    here, reasons = platform(), {}
-    for candidate in table:
-        wrong = here not in candidate.platforms if candidate.platforms else False
-        reason = f"it needs a {' or '.join(candidate.platforms).upper()}" if wrong else candidate.refuses(*arguments)
-        if wanted in ("auto", candidate.name):
-            if not reason:
-                _say(operation, candidate.name, tuple((n, r) for n, (w, r) in reasons.items() if not w))
-                return candidate
-            reasons[candidate.name] = (wrong, reason)
-    if reasons:
-        told = "; ".join(reason for _, reason in reasons.values())
+    here = platform()
+    named = [candidate for candidate in table if wanted in ("auto", candidate.name)]
+    refused = []
+    for candidate in named:
+        if candidate.platforms and here not in candidate.platforms:
+            continue
+        reason = candidate.refuses(*arguments)
+        if not reason:
+            _say(operation, candidate.name, tuple(refused))
+            return candidate
+        refused.append((candidate.name, reason))
+    if named:
+        platforms = [name.upper() for candidate in named for name in candidate.platforms]
+        told = "; ".join(reason for _, reason in refused) or f"it needs a {' or a '.join(platforms)}"
         raise UsageError(f"{operation}={wanted!r} cannot run here: {told}. {operation}='auto' takes what can.")
     names = ", ".join(["auto", *(candidate.name for candidate in table)])
     raise UsageError(f"{operation}={wanted!r} does not exist; there are: {names}.")
@@ -86,7 +89,8 @@ def over_devices(function: Callable[..., Any], arguments: Sequence[Axes | None],
     Axes that the mesh does not divide are whole on every device. Without a mesh the function itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    free = [name for name in mesh.axis_names if name not in mesh.manual_axes]  # of the others this is one place already
+    if math.prod(mesh.shape[name] for name in free) == 1:
         return function
 
     def spec(axes: Axes | None, shape: tuple[int, ...]) -> PartitionSpec:
@@ -104,6 +108,7 @@ def over_devices(function: Callable[..., Any], arguments: Sequence[Axes | None],
         several = isinstance(shapes, tuple)
         out = tuple(spec(a, s.shape) for a, s in zip(results, shapes, strict=True)) if several else None
         out = out if several else spec(results, shapes.shape)
-        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*arrays)
+        run = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, axis_names=set(free), check_vma=False)
+        return run(*arrays)
 
     return call

@@ -30,6 +30,7 @@ RULES: Rules = (
     ("heads", "tensor"),
     ("heads_out", "tensor"),
     ("mlp", "tensor"),
+    ("pixels", "tensor"),
 )
 # All that arrays' axes are called; those of activations begin with batch, tokens or activation_.
 LOGICAL_AXES = {"batch", "tokens", "activation_width", "width", "width_out", "heads", "heads_out", "head_dim", "mlp"}

@@ -17,6 +17,7 @@ from deco_jax.diffusion.flow import Draws, draw, example_keys, to_float
 from deco_jax.diffusion.objective import Objective
 from deco_jax.encoders.frozen import Frozen
 from deco_jax.models import Projector
+from deco_jax.models.build import plainly
 from deco_jax.models.flops import forward_flops
 from deco_jax.ops.product import gradients_in
 from deco_jax.parallel.gradients import gathered_by_layer, sum_apart
@@ -47,7 +48,7 @@ class TrainStep:
         network_key, projector_key = jax.random.split(key)
         p, network = self.network.patch_size, self.network
         x, t, condition = jnp.zeros((1, p, p, 3)), jnp.zeros(1), network.condition.example(1)
-        params = {"network": network.init(network_key, x, t, condition)["params"]}
+        params = {"network": plainly(network).init(network_key, x, t, condition)["params"]}
         if self.projector is not None:
             params["projector"] = self.projector.init(projector_key, jnp.zeros((1, 1, network.width)))["params"]
         return TrainState(

@@ -1,6 +1,5 @@
 """`deco plan --search`: the layouts that it tries, the line that it draws through short networks, and its words."""
 
-
 import pytest
 
 from deco_jax import cli
