@@ -130,15 +130,14 @@ def compile_all(
         draw_ours(model, params, [0] * batch, jnp.zeros((batch, size, size, 3)), settings, 1)
 
     with concurrent.futures.ThreadPoolExecutor(len(cases) if together else 1) as pool:
-        ours = [pool.submit(first, case) for case in cases]
-        if not together:
-            concurrent.futures.wait(ours)
-        if network is not None:
-            network.use(True)
-            for batch, settings in dict(cases).items():
-                few = dataclasses.replace(settings, steps=2)  # of which one is guided
-                draw_theirs(network, [0] * batch, torch.zeros(batch, 3, size, size), few, 1)
-            network.use(False)
+        list(pool.map(first, cases))
+    # Not beside each other: XLA captures CUDA graphs while it runs, and PyTorch cannot synchronise then.
+    if network is not None:
+        network.use(True)
+        for batch, settings in dict(cases).items():
+            few = dataclasses.replace(settings, steps=2)  # of which one is guided
+            draw_theirs(network, [0] * batch, torch.zeros(batch, 3, size, size), few, 1)
+        network.use(False)
 
 
 def measure(

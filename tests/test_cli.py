@@ -84,7 +84,7 @@ def test_every_flag_has_the_name_of_a_parameter(line):
     arguments = vars(make_parser().parse_args(line.split()))
     function = load(arguments["function"])
     ours = {"command", "debug", "run", "function"}  # what the command line itself needs
-    ours |= {"as_json"} if line.startswith("plan") else set()
+    ours |= {"as_json", "search"} if line.startswith("plan") else set()
     ours |= {"verify"} if "--teacher" in line else set()  # which is refused
     given = arguments.keys() - ours
     given |= {"overrides", "say"} if line.startswith("plan") else set()
@@ -119,7 +119,8 @@ def test_sigterm_saves_and_says_how_to_go_on(interrupted):
     assert "Network: " in output and "transformer/layers/block/attention/qkv/kernel" in output, "no parameter table"
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_killed_run_resumes_exactly(interrupted, tmp_path, workers):
     """SIGKILL after a checkpoint, resume, and the same number of steps straight: bitwise equal weights."""
     args = ["train", *TINY, "--config.train.save_every=4", f"--config.data.workers={workers}"]

@@ -77,7 +77,8 @@ def measure_spectra(
     with contextlib.closing(jobs.Progress(images, "image")) as progress:
         for indices, noise, count in noise_batches(range(images), seed, image_size, batch_size):
             asked = jax.tree.map(jnp.asarray, model.condition.read(conditions(np.asarray(indices))[0]))
-            energies_2xBx64 = np.asarray(run(params, noise, asked), np.float64)
+            with meshes.use_mesh_of(noise):
+                energies_2xBx64 = np.asarray(run(params, noise, asked), np.float64)
             energy_2x64 += energies_2xBx64[:, :count].sum(axis=1)
             progress.update(progress.done + count)
     if not np.isfinite(energy_2x64).all():

@@ -148,15 +148,6 @@ def rotary_angles(rows: int, columns: int, head_dim: int, x_end: float = 16, y_e
     return (position_NxIx2 * theta_I[:, None]).reshape(rows * columns, head_dim // 2).astype(np.float32)
 
 
-def rotate(x_BxNxHxE: Array, angles_NxK: Array) -> Array:
-    """Turns each adjacent pair of channels (2k, 2k+1) by angle k, in fp32; same shape and dtype back."""
-    cos, sin = jnp.cos(angles_NxK)[:, None, :], jnp.sin(angles_NxK)[:, None, :]
-    pairs = x_BxNxHxE.astype(jnp.float32).reshape(*x_BxNxHxE.shape[:-1], -1, 2)
-    real, imaginary = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
-    return turned.reshape(x_BxNxHxE.shape).astype(x_BxNxHxE.dtype)
-
-
 def to_patches(x_BxHxWxC: Array, patch_size: int) -> Array:
     """(B, H, W, C) → (B, N, p², C): patches in row-major order, pixels of a patch in row-major order."""
     b, h, w, c = x_BxHxWxC.shape

@@ -85,11 +85,9 @@ def _refused_by_cudnn(qkv_BxNx3xHxE: Array, *others: object) -> str:
     if jax.default_backend() != "gpu":
         return "a program for GPUs that is compiled without one has no cuDNN to ask"
     capability = jax.local_devices()[0].compute_capability
-    return (
-        ""
-        if capability.replace(".", "").isdigit() and float(capability) >= 8
-        else (f"cuDNN's flash attention needs an NVIDIA GPU of compute capability 8.0, not {capability}")
-    )
+    if capability.replace(".", "").isdigit() and float(capability) >= 8:
+        return ""
+    return f"cuDNN's flash attention needs an NVIDIA GPU of compute capability 8.0, not {capability}"
 
 
 TABLE = (

@@ -28,6 +28,7 @@ from deco_jax.ops.product import product
 NORM_EPSILON = 1e-6
 HOPPER = ("H100", "H200", "H800", "H20")  # in the names of devices with wgmma; later GPUs do not have it
 TILE, WIDTH, COLOURS = 64, 32, 3
+DEPTH = 8  # blocks whose weights fit into the shared memory, with room
 FORWARD_GROUPS, BACKWARD_GROUPS = 4 * 132, 3 * 132  # warpgroups: so many on each of a GPU's processors
 SHIFT, SCALE, GATE, IN, OUT = range(5)  # a block's products
 PRODUCTS = 5
@@ -53,6 +54,8 @@ def why_not_fused(parameters: Mapping[str, Any], pixels_BxNxPxC: Array, tokens: 
         return f"the kernel multiplies in bfloat16, not in {jnp.dtype(form.dtype).name}"
     if d != WIDTH:
         return f"the kernel wants model.decoder_width={d} to be {WIDTH}"
+    if form.depth > DEPTH:
+        return f"the shared memory holds {DEPTH} blocks, not model.decoder_depth={form.depth}"
     if p % TILE:
         return f"the kernel wants the {p} pixels of a patch to be a multiple of {TILE}"
     return ""

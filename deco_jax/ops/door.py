@@ -34,8 +34,8 @@ class Implementation:
 
 def platform() -> str:
     """Where the program that is being traced will run: cpu, gpu or tpu."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    name = jax.default_backend() if device is None else device.platform
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device
+    name = jax.default_backend() if device is None else getattr(device, "platform", device)
     return "gpu" if name in ("cuda", "rocm") else name
 
 

@@ -194,6 +194,17 @@ def use_mesh(layout: Layout) -> Iterator[None]:
         yield
 
 
+def use_mesh_of(x: Array) -> contextlib.AbstractContextManager[None]:
+    """`use_mesh` of the devices that `x` is split over by one of our meshes, unless one is in use already.
+
+    Programs that are traced without a mesh cannot split their kernels over devices.
+    """
+    mesh = getattr(x.sharding, "mesh", None)
+    if mesh is None or mesh.axis_names != AXES or mesh.size == 1 or not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    return use_mesh(Layout(mesh))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Splits the first axis over all devices that hold different examples."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

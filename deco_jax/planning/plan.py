@@ -159,7 +159,9 @@ class Program:
             one = jax.eval_shape(lambda: condition.example(1))
             wanted = jax.tree.map(lambda x: batched(x.shape[1:], x.dtype), one)
             keys = batched((), jax.random.key(0).dtype)
-            return {"ema": self.state.ema, "batch": (batched((side, side, 3), jnp.float32), keys, wanted, wanted)}
+            whole = meshes.replicated(mesh)  # one null for all images
+            null = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), one)
+            return {"ema": self.state.ema, "batch": (batched((side, side, 3), jnp.float32), keys, wanted, null)}
         batch = {"image": batched((side, side, 3), jnp.uint8), **fields}
         if config.model.kind == "deco_text" and config.text.stored:
             del batch["tokens"]

@@ -7,6 +7,7 @@ would not do: its loop is no loop, and compiled differently.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -73,6 +74,8 @@ def search(
     config = load_config(path, overrides)
     if config.model.depth <= max(DEPTHS):
         raise UsageError(f"--search compiles {DEPTHS} blocks; model.depth={config.model.depth} is planned as a whole.")
+    if place.platform == "gpu" and config.model.attention == "cudnn":
+        config.model.attention = "auto"  # see plan
     devices = make_devices(place)
     if per_device_batch is not None:
         if per_device_batch < 1:
@@ -91,7 +94,7 @@ def search(
         raise UsageError(
             f"data.batch_size={config.data.batch_size} is not divisible over {len(devices)} devices by any layout."
         )
-    found.sort(key=lambda r: (not r["fits"], max(r["seconds"].values()), sum(r["seconds"].values())))
+    found.sort(key=lambda r: (not r["fits"], max(r["seconds"].values(), default=math.inf), sum(r["seconds"].values())))
     batch = f"--config.data.batch_size={config.data.batch_size}"
     command = ["deco train", f"--config {path}", *overrides, batch, *found[0]["settings"]]
     return {
@@ -154,7 +157,7 @@ def _try(
     report = {**dataclasses.asdict(candidate), "settings": candidate.settings(), "per_device_batch": whole.per_device}
     if any(r["roofline"] is None for r in short):
         used, available = (short[-1]["memory"][name] for name in ("used", "available"))
-        return {**report, "memory": used, "available": available, "fits": False, "seconds": {"none": float("inf")}}
+        return {**report, "memory": used, "available": available, "fits": False, "seconds": {}}
     values = extrapolate([_figures(r) for r in short], config.model.depth)
     accelerator = place.accelerator
     seconds = {

@@ -186,7 +186,7 @@ def open_pretrained(path: str, prediction: str | None = None, dtype: str | None 
         networks.settle_prediction(path, [config.model.prediction], prediction)
         found = Pretrained(path, config, checkpoint=(where, step))
     config.mesh = default_config().mesh  # neither the run's devices nor its way of computing may exist here
-    config.model.attention = "auto"
+    config.model.attention = config.model.decoder = "auto"
     if dtype is None:
         return found
     FIELDS["model.dtype"].check("dtype", dtype)

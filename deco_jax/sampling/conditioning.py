@@ -63,7 +63,7 @@ def in_compute_dtype(params: Any, dtype: Any) -> Any:
         is_small = names[0] == "decoder" and not {"condition", "generator"} & set(names)
         return x if is_small else x.astype(stored_dtype(path, dtype))
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return jax.tree_util.tree_map_with_path(cast, nn.meta.unbox(params))
 
 
 def _size(tree: Any) -> int:

@@ -14,6 +14,7 @@ from jax import Array
 from deco_jax.errors import UsageError
 from deco_jax.models.dit import unstacked
 from deco_jax.ops.door import platform
+from deco_jax.parallel import mesh as meshes
 from deco_jax.sampling.conditioning import in_compute_dtype, look_up, tabulate
 from deco_jax.sampling.guidance import guided_slope
 from deco_jax.sampling.settings import Sampling
@@ -72,7 +73,8 @@ def sample(
     else:
         own = jnp.array(inputs.noise_BxHxWx3, jnp.float32)  # the sampler takes it over
         inputs = inputs._replace(noise_BxHxWx3=own)
-    drawn = compiled_sampler(model, settings, trajectory)(params, *inputs)
+    with meshes.use_mesh_of(inputs.noise_BxHxWx3):
+        drawn = compiled_sampler(model, settings, trajectory)(params, *inputs)
     if number == len(inputs.noise_BxHxWx3):
         return drawn
     return (drawn[0][:number], drawn[1][:, :number]) if trajectory else drawn[:number]
@@ -110,7 +112,8 @@ def read_inputs(
             raise UsageError(f"negative is a list with an entry for each image, or one for all; write [{negative!r}].")
         if len(negative) not in (1, number):
             raise UsageError(f"negative has {len(negative)} entries; {number} labels need as many, or one for all.")
-        is_same = not hasattr(negative, "ndim") and len(set(negative)) == 1
+        plain = all(isinstance(entry, int | str | np.integer) for entry in negative)
+        is_same = plain and len(set(negative)) == 1
         null = jax.tree.map(jnp.asarray, read(negative[:1] if is_same else negative))
     if noise is None:
         if key is None or image_size is None:
@@ -167,6 +170,7 @@ def compiled_sampler(model: nn.Module, settings: Sampling, trajectory: int = 0) 
     @functools.partial(jax.jit, donate_argnames="noise_BxHxWx3")
     def run(params: Any, noise_BxHxWx3: Array, keys_B: Array | None, condition: Any, null: Any) -> Any:
         guided, solver = settings.guided_steps, SOLVERS[settings.solver]
+        params = nn.meta.unbox(params)
         cast = in_compute_dtype(params, model.dtype)
         # On a GPU a loop of blocks in the loop of steps costs more than the blocks' own work.
         unrolled = platform() == "gpu"

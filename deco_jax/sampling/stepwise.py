@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
+from deco_jax.parallel import mesh as meshes
 from deco_jax.sampling.conditioning import in_compute_dtype
 from deco_jax.sampling.guidance import guided_slope
 from deco_jax.sampling.sample import Inputs, fill_up, round_batch
@@ -39,7 +40,8 @@ def sample_stepwise(model: nn.Module, params: Any, inputs: Inputs, settings: Sam
     state = solver.init(inputs.noise_BxHxWx3.astype(jnp.float32))
     for k in range(settings.steps):
         now = jax.tree.map(lambda values, k=k: values[k], steps)
-        state, x = step(params, state, now, inputs, np.float32(settings.guidance), is_guided=bool(guided[k]))
+        with meshes.use_mesh_of(state[0]):
+            state, x = step(params, state, now, inputs, np.float32(settings.guidance), is_guided=bool(guided[k]))
         yield jax.block_until_ready(x)[:number]
     yield state[0][:number]
 

@@ -85,7 +85,7 @@ class OnlineEvaluation:
         self.batch = meshes.round_up(min(config.evaluate.batch_size, self.number), mesh)
         seed, shape = config.seed, (config.data.image_size, config.data.image_size, 3)
         condition, sampler = network.condition, compiled_sampler(network, settings)
-        null = jax.tree.map(jnp.asarray, condition.read([condition.nothing] * self.batch))
+        null = jax.tree.map(jnp.asarray, condition.read([condition.nothing]))
 
         def see(ema: Any, params: Any, numbers_B: Array) -> dict[str, Array]:
             key = jax.random.key(seed)

@@ -190,7 +190,7 @@ def check_devices(config: ConfigDict, mesh: Mesh) -> None:
         here = platform()
     for field, table in (("attention", attention.TABLE), ("decoder", decoder.TABLE)):
         wanted = config.model[field]
-        needs = next((known.platforms for known in table if known.name == wanted), ())
+        needs = [name for known in table if known.name == wanted for name in known.platforms]
         if needs and here not in needs:
             raise UsageError(f"model.{field}={wanted!r} needs a {' or '.join(needs).upper()}; 'auto' runs everywhere.")
 

@@ -248,7 +248,7 @@ def _gathered(frozen: Frozen, weights: Any, layout: Layout) -> Any:
 
 
 def is_matrix(path: tuple[Any, ...]) -> bool:
-    """Whether a parameter is only multiplied, in `model.dtype`: a kernel, but for that of the pixels' queries.
+    """Whether a parameter is a matrix of products in `model.dtype`: a kernel, but for that of the pixels' queries.
 
     The others stay fp32, and so do their gradients: the queries' constant part is made in fp32, and of a table several
     examples may add up one row.

@@ -14,6 +14,8 @@ import pytest
 
 from tests.helpers import RECORDED, assert_as_recorded
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def gone_on(tmp_path_factory):

@@ -57,6 +57,7 @@ def test_two_processes_train_as_one(two, tmp_path, monkeypatch):
     assert "Processes: coordinator" in output and "2 process(es)" in output and "Goodput: " in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes, devices", [(4, 1), (1, 8)])
 def test_a_run_of_two_processes_continues_with_others(two, tmp_path, monkeypatch, processes, devices):
     """From step 3 with four processes, or one, on another number of devices: the next global batches are the same."""
@@ -88,7 +89,8 @@ def test_from_eight_devices_to_four_to_one(two, tmp_path, monkeypatch):
     assert_close(final_state(tmp_path), final_state(two / "run"))
 
 
-@pytest.mark.parametrize("preset, victim", [("fsdp", 1), pytest.param("fsdp_tensor", 0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("preset, victim", [("fsdp", 1), ("fsdp_tensor", 0)])
 def test_data_that_stop_coming_to_one_process_lose_nothing(two, tmp_path, preset, victim):
     """All save the same step and end with 75; the same command trains on the images of an undisturbed run.
 

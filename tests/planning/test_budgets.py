@@ -50,7 +50,7 @@ def gradients(report):
 @pytest.mark.parametrize("preset", ["zero1", "fsdp"])
 def test_accumulation_sends_no_more(preset):
     """Guards against adding up over devices after every part, which sends four times as much."""
-    once, four = planned("zero1"), planned(preset, "optimizer.accumulation=4")
+    once, four = planned("zero1"), planned(preset, "optimizer.accumulation=4", "optimizer.accumulate=step")
     assert sent(four) == pytest.approx(sent(once), rel=0.03)
 
 

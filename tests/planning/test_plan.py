@@ -332,6 +332,7 @@ class TestForTpus:
 class TestForGpus:
     pytestmark = needs_plugin
 
+    @pytest.mark.slow
     def test_a_published_network_with_its_teacher_is_compiled(self):
         """Two blocks of DeCo-XL, whose alignment layer once met an estimate of a single block."""
         config = str(ROOT / "configs" / "imagenet256_deco_xl.py")
@@ -353,7 +354,7 @@ class TestForGpus:
         trained = report["memory"]["parameters"] / 4  # the network's and the projector's
         assert report["parameters"] < trained < 1.1 * report["parameters"]
         reduced = report["collectives"]["all-reduce"]["bytes"]
-        assert 2 * trained <= reduced < 2.2 * trained, "bf16, but for the embedding of labels"
+        assert 4 * trained <= reduced < 4.1 * trained, "fp32"
         assert report["memory"]["available"] == pytest.approx(0.9 * 84.9e9)
         assert report["memory"]["padding"] < 64
 

@@ -422,6 +422,7 @@ def start(config, tmp_path):
         yield start
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_is_finished(config, start, tmp_path):
     """On a small disk, of which another file takes most."""
     disk = tmp_path / "disk"
