@@ -163,6 +163,7 @@ def assert_timed(contenders):
 
 
 @pytest.mark.usefixtures("quick_compile")
+@pytest.mark.slow
 def test_a_training_step_is_timed_beside_pytorchs_which_computes_the_same(run_speed):
     """Losses and gradients, with a teacher in the step; and a variant goes on with the same state."""
     pytest.importorskip("torch")

@@ -188,6 +188,7 @@ def test_a_workdir_serves_one_run_at_a_time(tmp_path):
     assert second.returncode == 2 and "is in use by another run: process " in second.stderr
 
 
+@pytest.mark.slow
 def test_sample_draws_the_same_image_whatever_the_batch(interrupted, tmp_path):
     workdir = interrupted[0]
     base = ["sample", "--workdir", workdir, "--labels", "3,1-2", "--steps", 2, "--guidance", 2, "--seed", 7]

@@ -37,6 +37,7 @@ def finish(studio, fields):
     return steps, drawn
 
 
+@pytest.mark.slow
 def test_images_are_those_of_deco_sample(opened, runs, tmp_path):
     """All settings are others than the run's own; the downloaded file says what sample.json says."""
     studio, fields = opened

@@ -70,6 +70,7 @@ def test_bfloat16_keeps_matrices_in_it(tmp_path):
     assert encoder(["a red circle"]).dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_sampling_from_prompts(encoder):
     """Images depend on prompt and negative prompt; states in place of prompts give the same."""
     g = Golden("deco_t2i")

@@ -70,6 +70,7 @@ def test_an_oblong_image_has_the_published_positions(recorded):
     np.testing.assert_allclose(angles[:, 0, 0, 1], np.linspace(0, 4, 2), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_full_size_parameters(full_size_shapes):
     """The published count, and every published tensor in its shape, nothing left over."""
     abstract = parameter_shapes(KINDS["deco_text"](**XXL))
@@ -82,6 +83,7 @@ def test_full_size_parameters(full_size_shapes):
     assert jax.tree.structure(filled) == jax.tree.structure(abstract), "a parameter of ours has no published name"
 
 
+@pytest.mark.slow
 def test_initialisation(recorded):
     """Positions N(0, 1), and PyTorch's default for what only this network has; the rest is tested with DeCo."""
     model = KINDS["deco_text"](**recorded.sizes() | {"width": 128, "heads": 4})

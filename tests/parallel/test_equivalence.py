@@ -55,6 +55,7 @@ def text_reference(quick_compile, split_everything):
 
 
 @pytest.mark.parametrize("name", equivalence.TEXT_CASES)
+@pytest.mark.slow
 def test_a_preset_changes_nothing_of_what_is_told_text(text_reference, name):
     """The network and its encoder, split by the same rules."""
     *results, _, layout = equivalence.compute(equivalence.TEXT_CASES[name], jax.devices())

@@ -80,6 +80,7 @@ def test_parameters_are_gathered_and_gradients_sent_once_however_many_parts(conf
     assert sorted(sent(program(config)[0], "reduce_scatter")) == sorted("bf16" if matrix else "f32" for matrix in split)
 
 
+@pytest.mark.slow
 def test_a_cast_before_the_gather_changes_no_number(config):
     """Guards against rounding what a network reads in fp32: the pixels' queries, tables, norms."""
     metrics, gradients = [], []

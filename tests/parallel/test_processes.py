@@ -169,6 +169,7 @@ def test_processes_that_were_started_differently_say_so(tmp_path, monkeypatch, o
     assert not list(tmp_path.rglob("checkpoints/*"))
 
 
+@pytest.mark.slow
 def test_a_mistake_of_one_process_in_the_middle_ends_all(tmp_path):
     """It says what was wrong and ends with 2, the other with 75, and neither waits for the other."""
     with Processes(tmp_path, tmp_path / "run", 2, 1, fails=1) as run:

@@ -101,6 +101,7 @@ def test_one_process_lists_shards_before_the_others(config, tmp_path, monkeypatc
         start.list_data(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_another_encoder_is_another_run(config, made, tmp_path):
     config.train.update(steps=2, sample_every=0)
     train(config, str(tmp_path / "run"))
