@@ -354,7 +354,7 @@ class TestForGpus:
         trained = report["memory"]["parameters"] / 4  # the network's and the projector's
         assert report["parameters"] < trained < 1.1 * report["parameters"]
         reduced = report["collectives"]["all-reduce"]["bytes"]
-        assert 4 * trained <= reduced < 4.1 * trained, "fp32"
+        assert 3.99 * trained <= reduced < 4.1 * trained, "fp32, but for biases"
         assert report["memory"]["available"] == pytest.approx(0.9 * 84.9e9)
         assert report["memory"]["padding"] < 64
 
