@@ -62,7 +62,7 @@ def test_zero1_gathers_once_and_adds_up_once():
     report = planned("zero1")
     kinds, all_of_it = report["collectives"], gradients(report)
     assert set(kinds) <= {"all-gather", "reduce-scatter", "all-reduce"}
-    # A tenth more than the parameters have: tables cross in fp32, and libtpu's tiles are padded.
+    # The lower bounds are arithmetic, the upper ones what was measured.
     assert 1 <= kinds["all-gather"]["bytes"] / 1e9 / (all_of_it / 2) <= 1.12, "0.134 GB when this was set"
     added = sum(kinds[kind]["bytes"] for kind in ("reduce-scatter", "all-reduce") if kind in kinds)
     assert 1 <= added / 1e9 / all_of_it <= 1.12, "0.269 GB when this was set"
