@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
 from deco_jax.models.layers import Linear, modulate, rms_norm
 from deco_jax.ops.attention import attention
@@ -56,7 +55,7 @@ class Attention(nn.Module):
         if self.use_norm:
             norms = _Scale(name="query_norm")(heads[1]), _Scale(name="key_norm")(heads[1])
         out_BxNxHxE = attention(qkv, norms, angles_NxK, text_kv, self.implementation or "auto")
-        out_BxNxD = checkpoint_name(out_BxNxHxE.reshape(x_BxNxD.shape), "attention")
+        out_BxNxD = out_BxNxHxE.reshape(x_BxNxD.shape)
         return Linear(width, ("heads_out", "width"), dtype=self.dtype, name="out")(out_BxNxD)
 
 

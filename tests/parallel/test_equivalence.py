@@ -22,14 +22,6 @@ pytestmark = pytest.mark.usefixtures("quick_compile", "split_everything")
 
 
 @pytest.fixture(scope="module")
-def split_everything():
-    """Also parameters of a tiny network."""
-    small, meshes.SMALL = meshes.SMALL, 0
-    yield
-    meshes.SMALL = small
-
-
-@pytest.fixture(scope="module")
 def reference(quick_compile, split_everything):
     return equivalence.compute({}, jax.devices()[:1])[:2]
 

@@ -16,14 +16,6 @@ from tests.helpers import relative_error
 pytestmark = pytest.mark.usefixtures("quick_compile", "split_everything")
 
 
-@pytest.fixture(scope="module")
-def split_everything():
-    """Also parameters of a tiny network."""
-    small, meshes.SMALL = meshes.SMALL, 0
-    yield
-    meshes.SMALL = small
-
-
 @pytest.fixture
 def config(tiny_config):
     tiny_config.data.batch_size, tiny_config.model.dtype = 32, "bfloat16"
