@@ -118,10 +118,10 @@ def test_a_batch_that_devices_do_not_divide_is_whole_on_each(kernel):
 
 
 def test_the_layer_takes_the_kernel(kernel):
-    """auto, on a TPU: one pallas_call per layer, and the output has the name that remat policies know."""
+    """auto, on a TPU: one pallas_call per layer."""
     layer, x = Attention(2, jnp.bfloat16, "auto"), jnp.zeros((1, 16, 32), jnp.bfloat16)
     program = str(jax.make_jaxpr(lambda x: layer.init_with_output(jax.random.key(0), x)[0])(x))
-    assert program.count("pallas_call[") == 1 and "name[name=attention]" in program
+    assert program.count("pallas_call[") == 1
 
 
 REFUSED = {
