@@ -47,10 +47,11 @@ CASES = {  # settings that differ from the reference's
     },
     "zero1 with tensor, dots remat": {"mesh.preset": "zero1", "mesh.tensor": 2, "model.remat": "dots"},
     "data, 2 parts": {"mesh.preset": "data", "optimizer.accumulation": 2},
-    "fsdp, 2 parts, added up by part": {
+    "fsdp, 2 parts": {"mesh.preset": "fsdp", "optimizer.accumulation": 2},
+    "fsdp, 2 parts, added up once": {
         "mesh.preset": "fsdp",
         "optimizer.accumulation": 2,
-        "optimizer.accumulate": "part",
+        "optimizer.accumulate": "step",
     },
     "hybrid, 2 slices": {"mesh.preset": "hybrid", "mesh.slices": 2},
     "fsdp_tensor, 2 parts, dots remat, unrolled": {

@@ -180,6 +180,7 @@ def test_a_training_step_is_timed_beside_pytorchs_which_computes_the_same(run_sp
 
 
 @pytest.mark.usefixtures("quick_compile")
+@pytest.mark.slow
 def test_drawing_is_timed_beside_pytorchs_which_draws_the_same(run_speed):
     pytest.importorskip("torch")
     report, printed = run_speed("sampling", "--cases", "2x3", "1x3")

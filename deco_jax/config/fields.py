@@ -71,8 +71,8 @@ FIELDS: dict[str, Field] = {
     "model.decoder_expansion": size(2, "m, only in pixnerd: a generated MLP has m·d hidden channels"),
     "model.dtype": Field("bfloat16", "of matrix products; parameters, statistics and losses are fp32",
                          choices=("bfloat16", "float32")),
-    "model.remat": free("dots", "recomputed in the backward pass: none, dots (all but linear layers), full (whole "
-                        "blocks)", choices=tuple(REMAT_POLICIES)),
+    "model.remat": free("dots", "recomputed in the backward pass: none, dots (all but linear layers and "
+                        "attention), full (whole blocks)", choices=tuple(REMAT_POLICIES)),
     "model.scan": free(True, "one compiled block in a loop; False unrolls: slower to compile, sometimes faster to run"),
     "model.attention": free("auto", "the first of these that can run: pallas (TPU), cudnn (NVIDIA), xla; default: the "
                             "older name of auto", choices=("auto", "pallas", "cudnn", "xla", "default")),

@@ -14,7 +14,8 @@ from deco_jax.ops.attention import attention
 REMAT_POLICIES = {
     "none": None,  # keep every activation
     "full": jax.checkpoint_policies.nothing_saveable,  # keep each block's input only
-    "dots": jax.checkpoint_policies.save_only_these_names("product"),  # keep the outputs of the linear layers
+    # Keep the outputs of the linear layers and of attention.
+    "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),
 }
 
 

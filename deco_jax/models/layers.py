@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from deco_jax.ops.product import product
+from deco_jax.ops.product import Part, look_up, product
 
 Axes = tuple[str | None, ...]
 NORM_EPSILON = 1e-6
@@ -53,9 +53,10 @@ class Linear(nn.Module):
             "normal": (nn.initializers.normal(0.02), torch_uniform),
             "zeros": (nn.initializers.zeros, nn.initializers.zeros),
         }[self.init]
-        kernel = self.param(
-            "kernel", nn.with_logical_partitioning(kernel_init, self.axes), (fan_in, *features), jnp.float32
-        )
+        kernel = self.get_variable("params", "kernel")
+        if not isinstance(kernel, Part):  # of which the shape is not what `param` expects
+            kernel_init = nn.with_logical_partitioning(kernel_init, self.axes)
+            kernel = self.param("kernel", kernel_init, (fan_in, *features), jnp.float32)
         y = product(x, kernel, self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.with_logical_partitioning(bias_init, self.axes[1:]), features, jnp.float32)
@@ -114,9 +115,11 @@ class LabelEmbedding(nn.Module):
     @nn.compact
     def __call__(self, labels_B: Array) -> Array:
         """(B,) integers in [0, num_classes] → (B, D)."""
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("classes", "width"))
-        table = self.param("table", init, (self.num_classes + 1, self.width), jnp.float32)
-        return jnp.take(table, labels_B, axis=0).astype(self.dtype)
+        table = self.get_variable("params", "table")
+        if not isinstance(table, Part):
+            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("classes", "width"))
+            table = self.param("table", init, (self.num_classes + 1, self.width), jnp.float32)
+        return look_up(table, labels_B).astype(self.dtype)
 
 
 class TextEmbedding(nn.Module):

@@ -4,10 +4,12 @@ Axis letters: B batch, N tokens, L text tokens, h heads, e channels of a head, k
 """
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from deco_jax.ops import attention_tpu
 from deco_jax.ops.attention_tpu import NORM_EPSILON, Norms
@@ -34,7 +36,10 @@ def attention(
       UsageError: the implementation does not exist or cannot run.
     """
     arguments = (qkv_BxNx3xHxE, norms, angles_NxK, text_kv_BxLx2xHxE)
-    return choose("model.attention", TABLE, implementation, *arguments).run(*arguments)
+    chosen = choose("model.attention", TABLE, implementation, *arguments)
+    out_BxNxHxE = chosen.run(*arguments)
+    # Of cuDNN the backward pass needs sums of the forward pass besides, which runs again for them.
+    return out_BxNxHxE if chosen.name == "cudnn" else checkpoint_name(out_BxNxHxE, "attention")
 
 
 def normalise(x_BxNxHxE: Array, scale_E: Array) -> Array:
@@ -82,8 +87,11 @@ def _refused_by_cudnn(qkv_BxNx3xHxE: Array, *others: object) -> str:
         return f"cuDNN's flash attention takes bfloat16 and float16, not {dtype}"
     if e % 8 or e > 128:
         return f"cuDNN's flash attention takes heads of a multiple of 8 channels up to 128, not {e}"
-    if jax.default_backend() != "gpu":
-        return "a program for GPUs that is compiled without one has no cuDNN to ask"
+    if jax.default_backend() != "gpu":  # compiled ahead, for GPUs that `deco plan` knows: they are all new enough
+        there = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cudnn")
+        return (
+            "" if there else "where there is no GPU, cuDNN comes with `pip install nvidia-cudnn-cu13`, which is missing"
+        )
     capability = jax.local_devices()[0].compute_capability
     if capability.replace(".", "").isdigit() and float(capability) >= 8:
         return ""

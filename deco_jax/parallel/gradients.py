@@ -1,20 +1,20 @@
-"""How do gradients get from the devices that compute them to those that keep them? Summed there, then sent once.
+"""How do gradients get from the devices that compute them to those that keep them? Every device works alone.
 
-Where parameters are whole while they compute (`Layout.whole`), a device needs nobody to work on its examples: it
-gathers the parameters once, differentiates, adds up what it found, and sends it once, to where the state is kept. This
-is ZeRO-1 (`sum_apart`). Elsewhere XLA's partitioner lays out the program, and each layer gathers its own matrices.
+It sees its own examples and whole parameters, differentiates, adds up what it found over the parts of its batch, and
+sends it to where it is kept. Matrices of stacked layers may stay parts until a layer reads them (`Part`): then they
+are gathered, and their gradients sent, layer by layer. That is FSDP, and gathering all of them first is ZeRO-1.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from flax import linen as nn
-from flax import struct
-from flax.core import meta
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from deco_jax.ops.product import Kept, Part, gather, scatter
 from deco_jax.parallel.mesh import AXES, Layout, Rules, batch_devices
 
 BATCH_AXES = ("data", "fsdp")  # over which a batch is split
@@ -22,13 +22,15 @@ IsMatrix = Callable[[tuple[Any, ...]], bool]  # of a parameter's path
 Means = tuple[Any, Any]  # of examples: the gradients, and further numbers
 
 
-def sum_apart(
-    differentiate: Callable[[Any, Any], Means],
+def work_apart(
+    differentiate: Callable[[Any, Any, Any], Means],
     params: Any,
+    frozen: Any,
     examples: Any,
     layout: Layout,
-    shardings: Any,
+    shardings: tuple[Any, Any],
     *,
+    whole: bool,
     is_matrix: IsMatrix,
     compute_dtype: str,
     gradient_dtype: str,
@@ -36,83 +38,71 @@ def sum_apart(
     """Means over all examples: every device works on its own alone, then their gradients are added up.
 
     Args:
-      differentiate: (whole parameters, a device's examples) → means over these: gradients shaped like the parameters,
-        and scalars. Within it no axis of an array is split over data or fsdp.
+      differentiate: (parameters, frozen ones, a device's examples) → means over these: gradients shaped like the
+        parameters, and scalars. Within it no axis of an array is split over data or fsdp.
       params: as they are kept, fp32.
+      frozen: further parameters, without gradients.
       examples: arrays with the examples of the global batch as leading axis.
       layout: of the mesh that is in use.
-      shardings: of each parameter as it is kept; so come the gradients back, fp32.
+      shardings: of each of both's parameters as it is kept; so come the gradients back, fp32.
+      whole: gather all trained matrices at once, and add up their gradients at the end. Else layers do so, as of those
+        of frozen networks.
       is_matrix: of a parameter's path, whether it is gathered in `compute_dtype` and its gradient crosses devices in
         `gradient_dtype`; else both are fp32.
     """
     mesh = layout.mesh
     # The rest, if any, is left to the partitioner. With nothing left it does not look into the function at all.
     manual = BATCH_AXES if mesh.shape["tensor"] > 1 else AXES
-    specs = jax.tree.map(lambda sharding: _without(sharding, ("tensor",)), shardings)
+    specs_of_params, specs_of_frozen = specs = jax.tree.map(_over_batch, shardings)
+    map_leaves = functools.partial(jax.tree_util.tree_map_with_path, is_leaf=lambda x: isinstance(x, Part))
 
-    def on_device(params: Any, examples: Any) -> Means:
-        def gather(path: tuple[Any, ...], part: Array, spec: PartitionSpec) -> Array:
-            return _gather(part.astype(compute_dtype) if is_matrix(path) else part, spec)
+    def read(whole: bool, path: tuple[Any, ...], part: Array, spec: PartitionSpec) -> Array | Part:
+        kept = _kept(spec, part.ndim)
+        if not any(kept):
+            return part
+        if not whole and not kept[0] and _is_read_in_parts(path):
+            return Part(part, kept)
+        return gather(part.astype(compute_dtype) if is_matrix(path) else part, kept)
 
-        def add_up(path: tuple[Any, ...], gradient: Array, spec: PartitionSpec) -> Array:
-            total = _add_up(gradient.astype(gradient_dtype if is_matrix(path) else "float32"), spec)
-            return total.astype("float32") / batch_devices(mesh)
+    def add_up(path: tuple[Any, ...], gradient: Array | Part, spec: PartitionSpec) -> Array:
+        dtype = gradient_dtype if is_matrix(path) else "float32"
+        if isinstance(gradient, Part):  # the layer has scattered it
+            total = gradient.value.astype(dtype)
+        else:
+            total = scatter(gradient.astype(dtype), _kept(spec, gradient.ndim))
+        kept = [name for names in spec for name in _names(names)]
+        if rest := [name for name in BATCH_AXES if name not in kept]:
+            total = jax.lax.psum(total, rest)
+        return total.astype("float32") / batch_devices(mesh)
 
-        whole = jax.tree_util.tree_map_with_path(gather, params, specs)
+    def on_device(params: Any, frozen: Any, examples: Any) -> Means:
+        params = map_leaves(functools.partial(read, whole), params, specs_of_params)
+        frozen = map_leaves(functools.partial(read, False), frozen, specs_of_frozen)
         with nn.logical_axis_rules(_rules_of_rest(layout.rules, manual)):
-            gradients, numbers = differentiate(whole, examples)
-        gradients = jax.tree_util.tree_map_with_path(add_up, gradients, specs)
-        return gradients, jax.tree.map(lambda x: jax.lax.pmean(x, BATCH_AXES), numbers)
+            gradients, numbers = differentiate(params, frozen, examples)
+        return map_leaves(add_up, gradients, specs_of_params), jax.lax.pmean(numbers, BATCH_AXES)
 
-    batch = PartitionSpec(BATCH_AXES)
     run = jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(specs, batch),
-        out_specs=(specs, PartitionSpec()),
+        in_specs=(*specs, PartitionSpec(BATCH_AXES)),
+        out_specs=(specs_of_params, PartitionSpec()),
         axis_names=set(manual),
         check_vma=False,
     )
-    gradients, numbers = run(params, examples)
-    return jax.lax.with_sharding_constraint(gradients, shardings), numbers
+    gradients, numbers = run(params, frozen, examples)
+    return jax.lax.with_sharding_constraint(gradients, shardings[0]), numbers
 
 
-class Gathered(struct.PyTreeNode, meta.AxisMetadata):
-    """A frozen matrix that the layer which reads it gathers, in place of an array among a network's parameters.
-
-    Left to itself the partitioner may add up products of parts over devices instead, which sends more.
-    """
-
-    value: Array
-    kept: tuple[Any, ...] = struct.field(pytree_node=False)  # the mesh axes of each axis
-
-    def unbox(self) -> Array:
-        """The whole matrix."""
-        whole = [tuple(name for name in _names(names) if name not in BATCH_AXES) or None for names in self.kept]
-        return jax.lax.with_sharding_constraint(self.value, PartitionSpec(*whole))
-
-    def replace_boxed(self, val: Any) -> "Gathered":
-        """See flax."""
-        return self.replace(value=val)
-
-    def add_axis(self, index: int, params: Mapping[Any, Any]) -> "Gathered":
-        """See flax: a scan stacks parameters."""
-        return self.replace(kept=(*self.kept[:index], None, *self.kept[index:]))
-
-    def remove_axis(self, index: int, params: Mapping[Any, Any]) -> "Gathered":
-        """See flax: a layer sees its own part of a stack."""
-        return self.replace(kept=(*self.kept[:index], *self.kept[index + 1 :]))
+def _is_read_in_parts(path: tuple[Any, ...]) -> bool:
+    """Whether who reads a parameter takes a `Part`: the linear layers of stacked layers, and who looks up rows."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return name.endswith("/table") or ("/layers/" in name and name.endswith("/kernel"))
 
 
-def gathered_by_layer(params: Any, shardings: Any, is_matrix: IsMatrix) -> Any:
-    """Frozen parameters, of which those matrices that lie on several devices are `Gathered` when they are read."""
-
-    def box(path: tuple[Any, ...], value: Array, sharding: NamedSharding) -> Array | Gathered:
-        kept = (*sharding.spec, *[None] * (value.ndim - len(sharding.spec)))
-        split = {name for names in kept for name in _names(names)} & set(BATCH_AXES)
-        return Gathered(value, kept) if split and is_matrix(path) else value
-
-    return jax.tree_util.tree_map_with_path(box, params, shardings)
+def _kept(spec: PartitionSpec, ndim: int) -> Kept:
+    """The mesh axes of each of an array's axes."""
+    return tuple(_names(part) for part in (*spec, *[None] * (ndim - len(spec))))
 
 
 def _names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -120,9 +110,10 @@ def _names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
-def _without(sharding: NamedSharding, axes: Sequence[str]) -> PartitionSpec:
-    """What a sharding says of the other axes."""
-    return PartitionSpec(*[tuple(name for name in _names(part) if name not in axes) or None for part in sharding.spec])
+def _over_batch(sharding: NamedSharding) -> PartitionSpec:
+    """What a sharding says of those of BATCH_AXES that have several places."""
+    wanted = [name for name in BATCH_AXES if sharding.mesh.shape[name] > 1]
+    return PartitionSpec(*[tuple(name for name in _names(part) if name in wanted) or None for part in sharding.spec])
 
 
 def _rules_of_rest(rules: Rules, manual: Sequence[str]) -> Rules:
@@ -131,21 +122,3 @@ def _rules_of_rest(rules: Rules, manual: Sequence[str]) -> Rules:
         return ()
     rest = [(logical, [name for name in _names(axes) if name not in manual]) for logical, axes in rules]
     return tuple((logical, tuple(names) or None) for logical, names in rest)
-
-
-def _gather(part: Array, spec: PartitionSpec) -> Array:
-    """A device's part of a parameter → the whole."""
-    for place, names in enumerate(spec):
-        if names:
-            part = jax.lax.all_gather(part, names, axis=place, tiled=True)
-    return part
-
-
-def _add_up(gradient: Array, spec: PartitionSpec) -> Array:
-    """One device's gradient of a whole parameter → the sum over devices, of which each keeps its part."""
-    rest = list(BATCH_AXES)
-    for place, names in enumerate(spec):
-        if names:
-            gradient = jax.lax.psum_scatter(gradient, names, scatter_dimension=place, tiled=True)
-            rest = [name for name in rest if name not in names]
-    return jax.lax.psum(gradient, rest) if rest else gradient

@@ -112,7 +112,7 @@ class _Program:
         if "direction=LT" in test.attributes and (index := condition[test.operands[0]].find(r"index=(\d+)")):
             start = _constant(within[loop.operands[0]].operands[int(index)], within)
             bound = _constant(test.operands[1], condition)
-            increment = body[_root(body).operands[int(index)]]
+            increment = _source(body[_root(body).operands[int(index)]], body, {"copy"})
             steps = [_constant(name, body) for name in increment.operands if increment.opcode == "add"]
             steps = [step for step in steps if step]
             if len(steps) == 1 and start is not None and bound is not None:

@@ -76,9 +76,6 @@ def plan(
         config.mesh.slices = slices
     devices = make_devices(place)
     layout = meshes.make_layout(config.mesh, devices)
-    if place.platform == "gpu" and config.model.attention == "cudnn":
-        say("model.attention=cudnn is planned as auto: cuDNN cannot be asked without a GPU.")
-        config.model.attention = "auto"
 
     def analyse_batch(batch: int | None, config: ConfigDict = config, layout: Layout = layout) -> Report:
         if batch is not None:
@@ -200,7 +197,7 @@ class Program:
             seen = network.depth * tokens * network.text_tokens + network.text_depth * network.text_tokens**2
             attention += 4 * seen * network.width
         blocks = forward - forward_flops(network.clone(depth=0, **text), side, side)
-        again = {"none": 0.0, "dots": attention, "full": blocks}[network.remat]
+        again = {"none": 0.0, "dots": attention / 2, "full": blocks}[network.remat]
         model = step_flops(self.train_step, side)
         return images * model, images * (model + again)
 

@@ -8,6 +8,7 @@ would not do: its loop is no loop, and compiled differently.
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -74,8 +75,6 @@ def search(
     config = load_config(path, overrides)
     if config.model.depth <= max(DEPTHS):
         raise UsageError(f"--search compiles {DEPTHS} blocks; model.depth={config.model.depth} is planned as a whole.")
-    if place.platform == "gpu" and config.model.attention == "cudnn":
-        config.model.attention = "auto"  # see plan
     devices = make_devices(place)
     if per_device_batch is not None:
         if per_device_batch < 1:
@@ -96,7 +95,10 @@ def search(
         )
     found.sort(key=lambda r: (not r["fits"], max(r["seconds"].values(), default=math.inf), sum(r["seconds"].values())))
     batch = f"--config.data.batch_size={config.data.batch_size}"
-    command = ["deco train", f"--config {path}", *overrides, batch, *found[0]["settings"]]
+    settings = found[0]["settings"]
+    chosen = {setting.partition("=")[0] for setting in (batch, *settings)}
+    kept = [override for override in overrides if override.partition("=")[0] not in chosen]
+    command = ["deco", "train", "--config", path, *kept, batch, *settings]
     return {
         "topology": topology,
         "slices": slices,
@@ -105,7 +107,7 @@ def search(
         "depths": DEPTHS,
         "candidates": found,
         "fits": found[0]["fits"],
-        "command": " ".join(command),
+        "command": shlex.join(command),
     }
 
 

@@ -20,8 +20,8 @@ from deco_jax.models import Projector
 from deco_jax.models.build import plainly
 from deco_jax.models.flops import forward_flops
 from deco_jax.ops.product import gradients_in
-from deco_jax.parallel.gradients import gathered_by_layer, sum_apart
-from deco_jax.parallel.mesh import Flag, Layout, batch_devices, messages_sharding, replicated, state_shardings
+from deco_jax.parallel.gradients import work_apart
+from deco_jax.parallel.mesh import Flag, Layout, batch_devices, messages_sharding, replicated
 from deco_jax.training.optimizer import clip, learning_rate, make_optimizer
 from deco_jax.training.state import TrainState
 
@@ -83,24 +83,26 @@ class TrainStep:
         whole, so says the layout, or so says `optimizer.accumulate` of several parts, devices add up once a step.
         """
         keys_B = example_keys(jax.random.key(self.config.seed), state.step, batch["image"].shape[0])
-        if kept is None or not self._works_apart(kept[0]):
-            differentiate, layout = functools.partial(self._differentiate, state.params), kept and kept[0]
-            return self._mean(lambda part: differentiate(self._prepare(frozen_params, *part, layout)), (keys_B, batch))
-        return sum_apart(
-            lambda params, examples: self._mean(functools.partial(self._differentiate, params), examples),
+        if kept is None or batch_devices(kept[0].mesh) == 1:
+            return self._means(state.params, frozen_params, (keys_B, batch))
+        (layout, shardings), optimizer = kept, self.config.optimizer
+        aside = {frozen.name: frozen.abstract_params(layout) for frozen in self.frozen}
+        return work_apart(
+            self._means,
             state.params,
-            self._prepare(frozen_params, keys_B, batch, kept[0]),
-            *kept,
+            {name: frozen_params[name] for name in aside},
+            (keys_B, batch),
+            layout,
+            (shardings, jax.tree.map(lambda x: x.sharding, aside)),
+            whole=layout.whole or (optimizer.accumulate == "step" and optimizer.accumulation > 1),
             is_matrix=is_matrix,
             compute_dtype=self.config.model.dtype,
-            gradient_dtype=self.config.optimizer.gradient_dtype,
+            gradient_dtype=optimizer.gradient_dtype,
         )
 
-    def _works_apart(self, layout: Layout) -> bool:
-        """Whether every device differentiates on its own."""
-        optimizer = self.config.optimizer
-        once = optimizer.accumulate == "step" and optimizer.accumulation > 1
-        return batch_devices(layout.mesh) > 1 and (layout.whole or once)
+    def _means(self, params: Any, frozen_params: Any, examples: tuple[Array, Batch]) -> tuple[Any, Metrics]:
+        """(gradients, losses), means over examples with their keys."""
+        return self._mean(lambda part: self._differentiate(params, self._prepare(frozen_params, *part)), examples)
 
     def _mean(self, differentiate: Callable[[Any], tuple[Any, Metrics]], examples: Any) -> tuple[Any, Metrics]:
         """What `differentiate` gives for all examples, worked through in `optimizer.accumulation` parts; sums fp32."""
@@ -120,16 +122,13 @@ class TrainStep:
         )
         return jax.tree.map(lambda x: x / parts, total)
 
-    def _prepare(
-        self, frozen_params: Any, keys_B: Array, batch: Batch, layout: Layout | None = None
-    ) -> tuple[Batch, Draws]:
+    def _prepare(self, frozen_params: Any, keys_B: Array, batch: Batch) -> tuple[Batch, Draws]:
         """What is differentiated at: images in fp32, conditions that are dropped replaced, frozen networks' fields."""
         images = nn.with_logical_constraint(to_float(batch["image"]), ("batch", None, None, None))
         draws = self.draw(keys_B, images.shape[1:])
         batch = {**self.network.condition.drop(batch, draws.drop_B), "image": images}
         for frozen in self.frozen:
-            weights = frozen_params[frozen.name]
-            batch = frozen(weights if layout is None else _gathered(frozen, weights, layout), batch)
+            batch = frozen(frozen_params[frozen.name], batch)
         return batch, draws
 
     def _differentiate(self, params: Any, prepared: tuple[Batch, Draws]) -> tuple[Any, Metrics]:
@@ -238,13 +237,6 @@ def _norm(gradients: Any, metrics: Metrics) -> tuple[Array, Array]:
     """The global norm of the gradients, and whether it and the loss are finite."""
     norm = optax.tree.norm(gradients)
     return norm, jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-
-
-def _gathered(frozen: Frozen, weights: Any, layout: Layout) -> Any:
-    """A frozen network's parameters, of which every layer gathers its own."""
-    init = functools.partial(jax.eval_shape, lambda example: frozen.module.init(jax.random.key(0), example))
-    shardings = state_shardings(init(frozen.example)["params"], layout)
-    return gathered_by_layer(weights, shardings, is_matrix)
 
 
 def is_matrix(path: tuple[Any, ...]) -> bool:

@@ -58,6 +58,7 @@ def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
+@pytest.mark.slow
 def test_geneval_gets_the_folders_that_its_scorer_reads(made, tmp_path, capsys):
     """Checked with what the scorer does: digits of folders, one JSON object each, NUMBER.png in samples."""
     prompts = write_geneval(tmp_path / "geneval.jsonl")
@@ -111,6 +112,7 @@ def test_dpg_gets_a_picture_of_four_per_prompt(made, tmp_path):
     assert relative_error(images[0].astype(float), images[2].astype(float)) > 0.01, "another prompt, another image"
 
 
+@pytest.mark.slow
 def test_prompts_and_what_guidance_leads_away_from(made, tmp_path, capsys):
     """`deco sample`: four of each prompt unless asked otherwise, a row of the grid each, a film, and more later."""
     argv = ["sample", f"--checkpoint={made[0]}", f"--text-encoder={made[1]}", f"--out={tmp_path / 'out'}"]

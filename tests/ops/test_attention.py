@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deco_jax.config import default_config
 from deco_jax.errors import UsageError
-from deco_jax.models.dit import Attention
+from deco_jax.models.dit import Attention, Transformer
 from deco_jax.ops import attention_tpu, door
 from deco_jax.ops.attention import TABLE, attention
 from deco_jax.parallel import mesh as meshes
@@ -124,6 +124,16 @@ def test_the_layer_takes_the_kernel(kernel):
     assert program.count("pallas_call[") == 1
 
 
+def test_the_backward_pass_runs_no_forward_kernel_again(kernel):
+    """remat=dots keeps what attention puts out, of which the next layer's weight gradient is made."""
+    network = Transformer(2, 2, jnp.bfloat16, "auto", "dots", scan=True)
+    s, c = jnp.zeros((1, 16, 32), jnp.bfloat16), jnp.zeros((1, 32), jnp.bfloat16)
+    params = network.init(jax.random.key(0), s, c, None)
+    loss = lambda params: network.apply(params, s, c, None)[0].astype(jnp.float32).sum()  # noqa: E731
+    program = str(jax.make_jaxpr(jax.grad(loss))(params))
+    assert program.count("pallas_call[") == 2, "one forward, one backward"
+
+
 REFUSED = {
     "pallas": [
         ("cpu", {}, "it needs a TPU"),
@@ -135,7 +145,7 @@ REFUSED = {
         ("cpu", {}, "it needs a GPU"),
         ("gpu", {"dtype": jnp.float32}, "takes bfloat16 and float16, not float32"),
         ("gpu", {"head_dim": 12}, "a multiple of 8 channels up to 128, not 12"),
-        ("gpu", {}, "no cuDNN to ask"),
+        ("gpu", {}, "pip install nvidia-cudnn-cu13"),
     ],
 }
 

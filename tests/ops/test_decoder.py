@@ -66,6 +66,7 @@ def test_the_kernel_equals_the_plain_decoder(batch, tokens, width, depth, positi
         assert relative_error(ours[name], plain[name]) < 2e-5, name
 
 
+@pytest.mark.slow
 def test_in_bfloat16_it_is_as_exact_as_the_plain_decoder():
     """Both stay within 3 % of fp32 with these weights, which are larger than a network's; the kernel rounds less."""
     drawn = draw(3, 40)

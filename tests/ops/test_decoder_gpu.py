@@ -119,6 +119,7 @@ def _form(**changes: Any) -> decoder.Form:
     )
 
 
+@pytest.mark.slow
 def test_kernels_agree_with_plain_jax(plain_kernels: None) -> None:
     parameters, pixels, tokens, places, dout = _arrays()
     exact = _form(dtype=jnp.float32)

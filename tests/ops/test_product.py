@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deco_jax.config import default_config
 from deco_jax.models.dit import REMAT_POLICIES
-from deco_jax.ops.product import gradients_in, product
+from deco_jax.ops.product import Part, gradients_in, look_up, product
 from deco_jax.parallel import mesh as meshes
 from tests.helpers import relative_error
 
@@ -64,6 +64,40 @@ def test_the_parameter_itself_is_kept_for_the_backward_pass():
     kept = jax.eval_shape(lambda k: jax.vjp(loss, k)[1], kernels)
     shapes = [leaf.shape for leaf in jax.tree.leaves(kept)]
     assert (5, 8, 8) not in shapes, shapes
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_kernel_and_a_table_in_parts_are_as_whole_ones(axis):
+    """Outputs, and gradients of which every device gets its part, whichever axis is split."""
+    config = default_config().mesh
+    config.data, config.fsdp = 2, 4
+    mesh = meshes.make_layout(config, jax.devices()[:8]).mesh
+    x, kernel, table, weights = draw((8, 5, 8), (8, 4, 8), (12, 8), (8, 5, 4, 8))
+    rows = jnp.arange(40).reshape(8, 5) % 12
+
+    def loss(x, kernel, table, rows, weights):
+        return jnp.sum(weights * jnp.sin(product(x + look_up(table, rows), kernel, jnp.float32)))
+
+    def on_device(x, kernel, table, rows, weights):
+        parts = (
+            Part(kernel, tuple(("fsdp",) if i == axis else () for i in range(3))),
+            Part(table, ((), ("data", "fsdp"))),
+        )
+        dx, dkernel, dtable = jax.grad(loss, (0, 1, 2))(x, *parts, rows, weights)
+        return dx, jax.lax.psum(dkernel.value, "data"), dtable.value
+
+    batch, split = PartitionSpec(("data", "fsdp")), PartitionSpec(*[None] * axis, "fsdp")
+    columns = PartitionSpec(None, ("data", "fsdp"))
+    run = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(batch, split, columns, batch, batch),
+        out_specs=(batch, split, columns),
+        check_vma=False,
+    )
+    expected = jax.grad(loss, (0, 1, 2))(x, kernel, table, rows, weights)
+    for a, b in zip(jax.jit(run)(x, kernel, table, rows, weights), expected, strict=True):
+        assert a.shape == b.shape and relative_error(a, b) <= 1e-6
 
 
 @pytest.mark.parametrize("preset", ["data", "fsdp", "fsdp_tensor"])

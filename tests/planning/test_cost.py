@@ -152,6 +152,14 @@ def test_xlas_word_for_the_number_of_turns_is_taken():
     assert cost.read(program(known, SLICED, UPDATED, BODY, CONDITION)).hbm_bytes == pytest.approx(3 * A_TURN, abs=30)
 
 
+def test_a_loops_counter_may_be_copied():
+    """As libtpu does, to keep it in another memory."""
+    moved = BODY.replace("  ROOT", "  %moved = s32[]{:S(6)} copy(%next)\n  ROOT").replace("tuple(%next", "tuple(%moved")
+    assert cost.read(program(ENTRY, SLICED, UPDATED, moved, CONDITION)).hbm_bytes == pytest.approx(
+        14 * A_TURN, rel=0.05
+    )
+
+
 def test_a_loop_of_unknown_length_is_an_error():
     unknown = CONDITION.replace("direction=LT", "direction=NE")
     with pytest.raises(TextError, match="number of turns of the loop loop"):

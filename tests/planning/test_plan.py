@@ -315,6 +315,7 @@ class TestForTpus:
         seconds = split["roofline"]["seconds"]
         assert seconds[split["roofline"]["bound"]] == max(seconds.values()) > 0
 
+    @pytest.mark.slow
     def test_slices_exchange_their_gradients(self):
         """Two slices of four chips: libtpu writes what they send to each other as `send`."""
         code, report = deco_plan("--topology=v5e:2x2", "--slices=2", "--per-device-batch=1", *SMALL)

@@ -1,5 +1,7 @@
 """`deco plan --search`: the layouts that it tries, the line that it draws through short networks, and its words."""
 
+import shlex
+
 import pytest
 
 from deco_jax import cli
@@ -53,9 +55,12 @@ def test_what_fits_comes_first_and_figures_are_those_of_all_blocks(planned):
 
 
 def test_the_command_it_prints_is_one_that_a_run_takes(planned):
-    command = search.search(XL, [], "h100:8", per_device_batch=16)["command"].split()
+    asked = ["--config.model.remat=full", "--config.optimizer.lr=0.1", "--config.data.path=/a b"]
+    command = shlex.split(search.search(XL, asked, "h100:8", per_device_batch=16)["command"])
     assert command[:4] == ["deco", "train", "--config", XL]
+    assert len({field.partition("=")[0] for field in command[4:]}) == len(command[4:]), "each field once"
     config = load_config(XL, command[4:])
+    assert (config.optimizer.lr, config.data.path) == (0.1, "/a b")
     assert config.data.batch_size == 128 and config.mesh.preset in ("data", "fsdp", "zero1", "fsdp_tensor")
 
 

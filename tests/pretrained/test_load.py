@@ -164,6 +164,7 @@ def test_an_image_size_that_is_assumed_is_said(folder, tmp_path, capsys):
     assert sizes == [256, 28, 28]
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over(config, tmp_path, caplog):
     for step, seed in ((100, 0), (200, 1)):
         params = random_params(config, seed)
@@ -183,6 +184,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(config, tmp_path, caplog):
     assert "checkpoints/100: ema weights" in done.stdout and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_weights_in_a_bucket(bucket, folder, config, tmp_path, monkeypatch):
     """Files and folders are copied to this host once, then mapped; checkpoints are read where they lie."""
     monkeypatch.setenv("HOME", str(tmp_path))  # of the copies

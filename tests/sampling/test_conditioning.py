@@ -41,7 +41,7 @@ def asked_of(network, number=3):
 
 @pytest.mark.parametrize("guidance", GUIDANCE)
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("solver", ["euler", "heun_exact"])
+@pytest.mark.parametrize("solver", ["euler", pytest.param("heun_exact", marks=pytest.mark.slow)])
 def test_every_state_is_that_of_the_network_called_step_by_step(network, solver, guidance, tables):
     """Exact Heun looks up two times in a step. tests/sampling/test_stepwise.py has the other solvers."""
     model, params, (asked, away) = Golden(network).model(), Golden(network).params(), asked_of(network)
@@ -187,6 +187,7 @@ def test_odd_batches_share_a_program_and_change_no_image():
     assert compiled_sampler(model, settings, 1)._cache_size() == 2
 
 
+@pytest.mark.slow
 def test_a_negative_may_be_one_for_all():
     g = Golden("deco_c2i")
     draw = {"image_size": 8, "steps": 2, "guidance": 3.0}

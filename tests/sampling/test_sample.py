@@ -30,6 +30,7 @@ def test_sampling_the_recorded_network():
     np.testing.assert_array_equal(images, same)
 
 
+@pytest.mark.slow
 def test_guidance_leads_away_from_the_negative_condition():
     """From the null class unless another is given; from the class itself, it changes nothing."""
     g = Golden("deco_c2i")
@@ -52,7 +53,7 @@ def test_an_image_depends_on_its_key_and_number_alone():
 
 
 @pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize("solver", ["euler_sde", "heun", "heun_exact", "adams4"])
+@pytest.mark.parametrize("solver", ["euler_sde", "heun", pytest.param("heun_exact", marks=pytest.mark.slow), "adams4"])
 def test_solvers_draw_each_image_by_itself(solver):
     """Image 2 of four, and alone: also with draws on the way. Images are higher than wide."""
     g = Golden("deco_c2i")

@@ -102,6 +102,7 @@ def test_data_that_stop_coming_lose_nothing(tiny_config, straight, tmp_path, mon
     assert [line["loss"] for line in logged(tmp_path)] == [line["loss"] for line in logged(straight)]
 
 
+@pytest.mark.slow
 def test_a_run_saves_after_minutes_too(tiny_config, straight, tmp_path):
     """Said with one step and read with the next, as with several processes; 0 is never."""
     for minutes, saved in ((1e-9, [1, 3, 5, 6]), (0.0, [6])):

@@ -70,6 +70,7 @@ def test_an_evaluation_finds_what_the_images_of_its_step_are(judge_files, tmp_pa
 
 
 @pytest.mark.usefixtures("quick_compile")
+@pytest.mark.slow
 def test_grids_and_evaluations_of_a_solver_that_draws_noise(judge_files, tmp_path):
     config = evaluating_config(judge_files)
     config.train.update(steps=2, sample_every=2)
