@@ -5,6 +5,7 @@ Axis letters: B batch, N tokens, L text tokens, h heads, e channels of a head, k
 
 import functools
 import importlib.util
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deco_jax.ops import attention_tpu
 from deco_jax.ops.attention_tpu import NORM_EPSILON, Norms
-from deco_jax.ops.door import Implementation, choose
+from deco_jax.ops.door import Implementation, choose, over_devices
 
 
 def attention(
@@ -81,6 +82,17 @@ def _library(
     return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
 
 
+def _by_device(function: Callable[..., Array]) -> Callable[..., Array]:
+    """An implementation, run on every device for its images and heads."""
+    projection = ("batch", None, None, "heads", None)
+
+    def run(*arguments: Array | Norms | None) -> Array:
+        axes = (projection, None, None, None if arguments[3] is None else projection)
+        return over_devices(function, axes, ("batch", None, "heads", None))(*arguments)
+
+    return run
+
+
 def _refused_by_cudnn(qkv_BxNx3xHxE: Array, *others: object) -> str:
     e, dtype = qkv_BxNx3xHxE.shape[-1], qkv_BxNx3xHxE.dtype
     if dtype not in (jnp.bfloat16, jnp.float16):
@@ -98,8 +110,12 @@ def _refused_by_cudnn(qkv_BxNx3xHxE: Array, *others: object) -> str:
     return f"cuDNN's flash attention needs an NVIDIA GPU of compute capability 8.0, not {capability}"
 
 
+_cudnn = functools.partial(_library, implementation="cudnn")
 TABLE = (
-    Implementation("pallas", attention_tpu.attention, ("tpu",), attention_tpu.refuses),
-    Implementation("cudnn", functools.partial(_library, implementation="cudnn"), ("gpu",), _refused_by_cudnn),
+    Implementation("pallas", _by_device(attention_tpu.fused), ("tpu",), attention_tpu.refuses),
+    # By device too: cuDNN's own way of being partitioned does not know of axes that are not the partitioner's.
+    Implementation(
+        "cudnn", _by_device(functools.partial(_library, implementation="cudnn")), ("gpu",), _refused_by_cudnn
+    ),
     Implementation("xla", functools.partial(_library, implementation="xla")),
 )

@@ -23,8 +23,6 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from deco_jax.ops.door import over_devices
-
 NORM_EPSILON = 1e-6
 INTERPRET = False  # run kernels step by step on any machine: for tests
 LANES = 128
@@ -113,16 +111,6 @@ def _backward(arguments: tuple, dout_BxNxHxE: Array) -> tuple:
 
 
 fused.defvjp(_forward, _backward)
-
-
-def attention(
-    qkv_BxNx3xHxE: Array, norms: Norms | None, angles_NxK: Array | None, text_kv_BxLx2xHxE: Array | None
-) -> Array:
-    """As attention.attention, on every device for its images and heads."""
-    arguments = (qkv_BxNx3xHxE, norms, angles_NxK, text_kv_BxLx2xHxE)
-    projection = ("batch", None, None, "heads", None)
-    axes = (projection, None, None, None if text_kv_BxLx2xHxE is None else projection)
-    return over_devices(fused, axes, ("batch", None, "heads", None))(*arguments)
 
 
 def refuses(

@@ -87,9 +87,12 @@ def scatter(whole: Array, kept: Kept) -> Array:
 
 
 def _lined_up(x: Array, axis: int) -> Array:
-    """All that follows an axis as one, unless it may be split: the 72 channels of a head are sent as 128 by TPUs."""
+    """All that follows an axis as one, unless the partitioner splits one of these.
+
+    TPUs keep and send the 72 channels of a head as 128.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if set(mesh.manual_axes) != set(mesh.axis_names):
+    if mesh.shape.get("tensor", 1) > 1 and "tensor" not in mesh.manual_axes:
         return x
     return x.reshape(*x.shape[: axis + 1], math.prod(x.shape[axis + 1 :]))
 
@@ -107,33 +110,32 @@ def product(x: Array, kernel: Array | Part, dtype: jnp.dtype) -> Array:
     """x·kernel: (…, K) and (K, *features) → (…, *features), both multiplied in `dtype`."""
     fan_in, *features = kernel.shape
     rows = x.reshape(-1, fan_in).astype(dtype)
-    part, kept = (kernel.value, kernel.kept) if isinstance(kernel, Part) else (kernel, ())
+    part, kept = (kernel.value, kernel.kept) if isinstance(kernel, Part) else (kernel, ((),) * kernel.ndim)
     y = _product(rows, part, kept, dtype, _GRADIENT_DTYPE.get())
     return checkpoint_name(y, "product").reshape(*x.shape[:-1], *features)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _product(x_RxK: Array, part: Array, kept: Kept, dtype: jnp.dtype, gradient_dtype: str | None) -> Array:
-    return jnp.matmul(x_RxK, _matrix(gather(part.astype(dtype), kept)))
+    """(R, F), or (R, *features)."""
+    return jnp.tensordot(x_RxK, _matrix(part, kept, dtype), 1)
 
 
-def _matrix(kernel: Array) -> Array:
-    """(K, *features) → (K, F). Done in both passes, so that what is kept is the parameter and not a copy of it."""
-    return kernel.reshape(kernel.shape[0], math.prod(kernel.shape[1:]))
+def _matrix(part: Array, kept: Kept, dtype: jnp.dtype) -> Array:
+    """(K, F), or (K, *features). Made in both passes, so that what is kept is the parameter and not a copy of it."""
+    return _lined_up(gather(part.astype(dtype), kept), 0)
 
 
 def _forward(x_RxK: Array, part: Array, kept: Kept, dtype: jnp.dtype, gradient_dtype: str | None) -> tuple:
     return _product(x_RxK, part, kept, dtype, gradient_dtype), (x_RxK, part)
 
 
-def _backward(
-    kept: Kept, dtype: jnp.dtype, gradient_dtype: str | None, saved: tuple, dy_RxF: Array
-) -> tuple[Array, Array]:
+def _backward(kept: Kept, dtype: jnp.dtype, gradient_dtype: str | None, saved: tuple, dy: Array) -> tuple[Array, Array]:
     x_RxK, part = saved
-    kernel = gather(part.astype(dtype), kept)
-    dx_RxK = jnp.einsum("rf,kf->rk", dy_RxF, _matrix(kernel))
-    dkernel_KxF = jnp.einsum("rk,rf->kf", x_RxK, dy_RxF, preferred_element_type=gradient_dtype)
-    return dx_RxK, scatter(dkernel_KxF.reshape(kernel.shape), kept).astype(part.dtype)
+    kernel, features = _matrix(part, kept, dtype), tuple(range(1, dy.ndim))
+    dx_RxK = jnp.tensordot(dy, kernel, axes=(features, features))
+    dkernel = jnp.tensordot(x_RxK, dy, axes=(0, 0), preferred_element_type=gradient_dtype)
+    return dx_RxK, scatter(dkernel.reshape(Part(part, kept).shape), kept).astype(part.dtype)
 
 
 _product.defvjp(_forward, _backward)

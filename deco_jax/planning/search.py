@@ -1,9 +1,8 @@
-"""`deco plan --search`: how should a run be laid out on that hardware? Tried on short networks, and extrapolated.
+"""`deco plan --search`: how should a run be laid out on that hardware? Layouts are compiled and compared.
 
 A candidate is a way of laying out the run's step: which axes split what, what remat keeps, in how many parts the batch
-is worked through. Batch and network are the run's. Of each, programs of DEPTHS blocks are compiled; memory, traffic and
-what is sent grow by the same amount with every further block, so those of the whole network follow. One block alone
-would not do: its loop is no loop, and compiled differently.
+is worked through. Batch and network are the run's. Each is planned as `deco plan` would: whole, as a scanned network
+compiles as fast as a short one. What cannot be faster than the best so far by arithmetic alone is left out.
 """
 
 import dataclasses
@@ -22,9 +21,8 @@ from deco_jax.planning.plan import Program, Report, analyse
 from deco_jax.planning.topology import Topology, make_devices, parse_topology
 from deco_jax.training.start import check_devices
 
-DEPTHS = (2, 4)  # blocks of the programs that are compiled
 REMAT = ("none", "dots", "full")  # from what needs most memory to what needs least
-PARTS = (1, 2, 4, 8)  # gradient accumulation, tried in this order until the run fits
+PARTS = (2, 4, 8)  # gradient accumulation, tried in this order where no remat fits
 SHORT = 16  # fsdp that is tried beside the largest possible: parameters are gathered from so many devices
 
 
@@ -73,8 +71,6 @@ def search(
     if place.accelerator is None:
         raise UsageError(f"--search compares bounds of hardware; --topology={topology} simulates devices without any.")
     config = load_config(path, overrides)
-    if config.model.depth <= max(DEPTHS):
-        raise UsageError(f"--search compiles {DEPTHS} blocks; model.depth={config.model.depth} is planned as a whole.")
     devices = make_devices(place)
     if per_device_batch is not None:
         if per_device_batch < 1:
@@ -82,18 +78,22 @@ def search(
         config.data.batch_size = per_device_batch * len(devices)
     found: list[Report] = []
     for mesh in _meshes(config, len(devices) // slices):
-        for remat in REMAT:
-            for parts in PARTS:
-                report = _try(Candidate(*mesh, remat, parts), config, devices, place, slices, say)
-                if report is not None:
-                    found.append(report)
-                if report is None or report["fits"]:
-                    break
+        tried = [Candidate(*mesh, remat, 1) for remat in REMAT]
+        more = [Candidate(*mesh, REMAT[-1], parts) for parts in PARTS]
+        for candidate in [*tried, *more]:
+            if candidate.accumulation > 1 and any(r["fits"] for r in found if _mesh_of(r) == mesh):
+                break
+            program = _program(candidate, config, devices, place, slices)
+            if program is None or _bound_by_arithmetic(program, place) > min(map(_bound, found), default=math.inf):
+                continue
+            say(f"{place.name}: {describe(candidate)} …")
+            found.append(_report(candidate, program))
+            say(f"  {found[-1]['memory'] / GIB:.2f} GiB, bound {1e3 * _bound(found[-1]):.0f} ms")
     if not found:
         raise UsageError(
             f"data.batch_size={config.data.batch_size} is not divisible over {len(devices)} devices by any layout."
         )
-    found.sort(key=lambda r: (not r["fits"], max(r["seconds"].values(), default=math.inf), sum(r["seconds"].values())))
+    found.sort(key=lambda r: (not r["fits"], _bound(r), sum(r["seconds"].values())))
     batch = f"--config.data.batch_size={config.data.batch_size}"
     settings = found[0]["settings"]
     chosen = {setting.partition("=")[0] for setting in (batch, *settings)}
@@ -104,7 +104,6 @@ def search(
         "slices": slices,
         "devices": len(devices),
         "global_batch": config.data.batch_size,
-        "depths": DEPTHS,
         "candidates": found,
         "fits": found[0]["fits"],
         "command": shlex.join(command),
@@ -125,15 +124,10 @@ def _meshes(config: ConfigDict, devices: int) -> Iterator[tuple[str, int, int, i
                 yield preset, rest // fsdp, fsdp, tensor
 
 
-def _try(
-    candidate: Candidate,
-    config: ConfigDict,
-    devices: Sequence[Any],
-    place: Topology,
-    slices: int,
-    say: Callable[[str], None],
-) -> Report | None:
-    """What a step of the whole network needs so, extrapolated; None if the run cannot be laid out so."""
+def _program(
+    candidate: Candidate, config: ConfigDict, devices: Sequence[Any], place: Topology, slices: int
+) -> Program | None:
+    """The run's step, laid out so; None if it cannot be."""
     config = config.copy_and_resolve_references()
     config.mesh.update(
         preset=candidate.preset,
@@ -148,42 +142,32 @@ def _try(
         check_devices(config, layout.mesh)
     except UsageError:
         return None
-    say(f"{place.name}: {describe(candidate)} …")
-    short = []
-    for depth in DEPTHS:
-        shrunk = config.copy_and_resolve_references()
-        shrunk.model.depth = depth
-        shrunk.loss.alignment_layer = min(config.loss.alignment_layer, depth)
-        short.append(analyse(Program(shrunk, layout, place, False)))
-    whole = Program(config, layout, place, False)
-    report = {**dataclasses.asdict(candidate), "settings": candidate.settings(), "per_device_batch": whole.per_device}
-    if any(r["roofline"] is None for r in short):
-        used, available = (short[-1]["memory"][name] for name in ("used", "available"))
-        return {**report, "memory": used, "available": available, "fits": False, "seconds": {}}
-    values = extrapolate([_figures(r) for r in short], config.model.depth)
-    accelerator = place.accelerator
-    seconds = {
-        "compute": whole.flops()[1] / accelerator.flops,
-        "memory": values["hbm_bytes"] / accelerator.hbm_bandwidth,
-        "network": values["sent_bytes"] / accelerator.network,
-    }
-    images = config.data.batch_size / len(devices) * accelerator.devices_per_chip
-    report |= values | {"available": accelerator.hbm, "fits": values["memory"] <= accelerator.hbm, "seconds": seconds}
-    report["images_per_second_a_chip"] = images / max(seconds.values())
-    say(f"  {values['memory'] / GIB:.2f} GiB, bound {1e3 * max(seconds.values()):.0f} ms")
+    return Program(config, layout, place, False)
+
+
+def _bound_by_arithmetic(program: Program, place: Topology) -> float:
+    """Seconds."""
+    return program.flops()[1] / place.accelerator.flops
+
+
+def _report(candidate: Candidate, program: Program) -> Report:
+    """What `deco plan` says, in brief."""
+    planned = analyse(program)
+    used, available = (planned["memory"][name] for name in ("used", "available"))
+    report = {**dataclasses.asdict(candidate), "settings": candidate.settings(), "memory": used, "available": available}
+    report |= {"per_device_batch": program.per_device, "fits": planned["fits"], "seconds": {}}
+    if planned["roofline"]:
+        report |= {name: planned["roofline"][name] for name in ("seconds", "images_per_second_a_chip")}
     return report
 
 
-def _figures(report: Report) -> dict[str, float]:
-    """What grows with the depth."""
-    sent = sum(sums["wire_bytes"] for kind, sums in report["collectives"].items() if kind != "send")
-    return {"memory": report["memory"]["used"], "hbm_bytes": report["hbm_bytes"], "sent_bytes": sent}
+def _bound(report: Report) -> float:
+    """Seconds below which no step can be; none where it does not fit."""
+    return max(report["seconds"].values()) if report["fits"] else math.inf
 
 
-def extrapolate(short: Sequence[dict[str, float]], depth: int) -> dict[str, float]:
-    """Figures of programs with DEPTHS blocks → those of `depth` blocks, along the straight line through both."""
-    (low, high), (first, second) = DEPTHS, short
-    return {name: first[name] + (second[name] - first[name]) * (depth - low) / (high - low) for name in first}
+def _mesh_of(report: Report) -> tuple[str, int, int, int]:
+    return tuple(report[name] for name in ("preset", *meshes.AXES))
 
 
 def describe(candidate: Candidate | Report) -> str:
@@ -199,7 +183,7 @@ def to_text(report: Report, best: int = 5) -> str:
     lines = [f"{report['topology']}{slices}, {report['devices']} devices, batch {report['global_batch']} in all"]
     fitting = [r for r in report["candidates"] if r["fits"]]
     number = len(report["candidates"])
-    lines += [f"{number} layouts, {len(fitting)} fit; figures of short networks, extrapolated. Per device:", ""]
+    lines += [f"{number} layouts compiled, {len(fitting)} fit. Per device:", ""]
     lines.append(f"{'layout':64} {'GiB':>6} {'bound':>7} {'compute':>8} {'memory':>7} {'network':>8} {'images/s':>9}")
     for r in fitting[:best]:
         ms = {name: 1e3 * value for name, value in r["seconds"].items()}
