@@ -144,8 +144,9 @@ FIELDS: dict[str, Field] = {
     "optimizer.decay_steps": free(0, "linear fall to 0 at the end, which is train.steps; 0 = constant", low=0),
     "optimizer.clip_norm": free(0.0, "of the global gradient; 0 = no clipping", low=0),
     "optimizer.accumulation": free(1, "the batch is worked through in this many parts", low=1),
-    "optimizer.accumulate": free("part", "devices add up their gradients after every part; step = once per step, each "
-                                 "keeping a whole one till then", choices=("part", "step")),
+    "optimizer.accumulate": free("part", "layers with split matrices send their gradients after every part; step: "
+                                 "once per step, devices keeping whole parameters and gradients",
+                                 choices=("part", "step")),
     "optimizer.gradient_dtype": free("float32", "in which gradients of matrices cross devices",
                                      choices=("float32", "bfloat16")),
 

@@ -54,7 +54,7 @@ class Linear(nn.Module):
             "zeros": (nn.initializers.zeros, nn.initializers.zeros),
         }[self.init]
         kernel = self.get_variable("params", "kernel")
-        if not isinstance(kernel, Part):  # of which the shape is not what `param` expects
+        if not isinstance(kernel, Part):  # which `param` would gather whole, in fp32
             kernel_init = nn.with_logical_partitioning(kernel_init, self.axes)
             kernel = self.param("kernel", kernel_init, (fan_in, *features), jnp.float32)
         y = product(x, kernel, self.dtype)
@@ -116,7 +116,7 @@ class LabelEmbedding(nn.Module):
     def __call__(self, labels_B: Array) -> Array:
         """(B,) integers in [0, num_classes] → (B, D)."""
         table = self.get_variable("params", "table")
-        if not isinstance(table, Part):
+        if not isinstance(table, Part):  # which `param` would gather whole
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("classes", "width"))
             table = self.param("table", init, (self.num_classes + 1, self.width), jnp.float32)
         return look_up(table, labels_B).astype(self.dtype)

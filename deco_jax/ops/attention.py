@@ -114,8 +114,6 @@ _cudnn = functools.partial(_library, implementation="cudnn")
 TABLE = (
     Implementation("pallas", _by_device(attention_tpu.fused), ("tpu",), attention_tpu.refuses),
     # By device too: cuDNN's own way of being partitioned does not know of axes that are not the partitioner's.
-    Implementation(
-        "cudnn", _by_device(functools.partial(_library, implementation="cudnn")), ("gpu",), _refused_by_cudnn
-    ),
+    Implementation("cudnn", _by_device(_cudnn), ("gpu",), _refused_by_cudnn),
     Implementation("xla", functools.partial(_library, implementation="xla")),
 )

@@ -51,7 +51,7 @@ class Part(struct.PyTreeNode, meta.AxisMetadata):
         return tuple(size * math.prod(map(jax.lax.axis_size, names)) for size, names in sizes)
 
     def unbox(self) -> Array:
-        """The whole array."""
+        """The whole array, for readers that do not take a `Part`."""
         return gather(self.value, self.kept)
 
     def replace_boxed(self, val: Any) -> "Part":
@@ -98,10 +98,15 @@ def _lined_up(x: Array, axis: int) -> Array:
 
 
 def look_up(table_RxD: Array | Part, rows: Array) -> Array:
-    """Rows of a table: (…) → (…, D). Of a table in parts, the devices look up all rows and send each other theirs."""
+    """Rows of a table: (B, …) → (B, …, D).
+
+    Of a table whose columns lie on several devices, each looks up its columns of everybody's rows, and sends each
+    device the columns of the rows that this one wants.
+    """
     if not isinstance(table_RxD, Part):
         return jnp.take(table_RxD, rows, axis=0)
-    names = table_RxD.kept[1]
+    unsplit, names = table_RxD.kept
+    assert not unsplit, f"rows of a table are never split, but over {unsplit}"
     found = jnp.take(table_RxD.value, jax.lax.all_gather(rows, names, tiled=True), axis=0)
     return jax.lax.all_to_all(found, names, split_axis=0, concat_axis=found.ndim - 1, tiled=True)
 

@@ -39,14 +39,14 @@ def work_apart(
 
     Args:
       differentiate: (parameters, frozen ones, a device's examples) → means over these: gradients shaped like the
-        parameters, and scalars. Within it no axis of an array is split over data or fsdp.
+        parameters, and scalars. Within it every array but those in a `Part` is a whole of its own.
       params: as they are kept, fp32.
       frozen: further parameters, without gradients.
       examples: arrays with the examples of the global batch as leading axis.
       layout: of the mesh that is in use.
-      shardings: of each of both's parameters as it is kept; so come the gradients back, fp32.
-      whole: gather all trained matrices at once, and add up their gradients at the end. Else layers do so, as of those
-        of frozen networks.
+      shardings: a pair, for `params` and for `frozen`: how each is kept. Gradients come back like the first, fp32.
+      whole: gather all of `params` at once, and add up all gradients at the end. Else layers gather their matrices in
+        their own dtype and send the gradients, as frozen layers always do.
       is_matrix: of a parameter's path, whether it is gathered in `compute_dtype` and its gradient crosses devices in
         `gradient_dtype`; else both are fp32.
     """
@@ -67,12 +67,12 @@ def work_apart(
     def add_up(path: tuple[Any, ...], gradient: Array | Part, spec: PartitionSpec) -> Array:
         dtype = gradient_dtype if is_matrix(path) else "float32"
         if isinstance(gradient, Part):  # the layer has scattered it
-            total = gradient.value.astype(dtype)
+            total = gradient.value
         else:
             total = scatter(gradient.astype(dtype), _kept(spec, gradient.ndim))
         kept = [name for names in spec for name in _names(names)]
-        if rest := [name for name in BATCH_AXES if name not in kept]:
-            total = jax.lax.psum(total, rest)
+        if rest := [name for name in BATCH_AXES if name not in kept and mesh.shape[name] > 1]:
+            total = jax.lax.psum(total.astype(dtype), rest)
         return total.astype("float32") / batch_devices(mesh)
 
     def on_device(params: Any, frozen: Any, examples: Any) -> Means:
@@ -97,7 +97,8 @@ def work_apart(
 def _is_read_in_parts(path: tuple[Any, ...]) -> bool:
     """Whether who reads a parameter takes a `Part`: the linear layers of stacked layers, and who looks up rows."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return name.endswith("/table") or ("/layers/" in name and name.endswith("/kernel"))
+    in_stack = "/layers/" in name or "/blocks/" in name  # the latter are DINOv2's
+    return name.endswith("/table") or (in_stack and name.endswith("/kernel"))
 
 
 def _kept(spec: PartitionSpec, ndim: int) -> Kept:

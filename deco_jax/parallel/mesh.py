@@ -64,8 +64,8 @@ class Layout:
 
     mesh: Mesh
     rules: Rules = RULES  # of all that is kept between steps: parameters in fp32, moments, moving average
-    whole: bool = False  # parameters while they compute, and their gradients until they are added up, are not split
-    # over data and fsdp; otherwise they lie as they are kept, and every layer gathers its own
+    whole: bool = False  # all parameters are gathered once per step, and gradients added up once; otherwise layers of
+    # a stack gather their own matrices and send the gradients
 
 
 def axis_sizes(config: ConfigDict) -> dict[str, int]:

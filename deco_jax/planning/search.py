@@ -22,7 +22,7 @@ from deco_jax.planning.topology import Topology, make_devices, parse_topology
 from deco_jax.training.start import check_devices
 
 REMAT = ("none", "dots", "full")  # from what needs most memory to what needs least
-PARTS = (2, 4, 8)  # gradient accumulation, tried in this order where no remat fits
+PARTS = (1, 2, 4, 8)  # gradient accumulation, tried in this order until the run fits
 SHORT = 16  # fsdp that is tried beside the largest possible: parameters are gathered from so many devices
 
 
@@ -31,6 +31,7 @@ class Candidate:
     """A way of laying out a run."""
 
     preset: str
+    slices: int
     data: int
     fsdp: int
     tensor: int
@@ -39,7 +40,7 @@ class Candidate:
 
     def settings(self) -> list[str]:
         """The same for the command line of `deco train`."""
-        mesh = [f"--config.mesh.{axis}={getattr(self, axis)}" for axis in meshes.AXES]
+        mesh = [f"--config.mesh.{name}={getattr(self, name)}" for name in ("slices", *meshes.AXES)]
         rest = [f"--config.model.remat={self.remat}", f"--config.optimizer.accumulation={self.accumulation}"]
         return [f"--config.mesh.preset={self.preset}", *mesh, *rest]
 
@@ -77,18 +78,19 @@ def search(
             raise UsageError(f"--per-device-batch={per_device_batch} must be 1 or more.")
         config.data.batch_size = per_device_batch * len(devices)
     found: list[Report] = []
-    for mesh in _meshes(config, len(devices) // slices):
-        tried = [Candidate(*mesh, remat, 1) for remat in REMAT]
-        more = [Candidate(*mesh, REMAT[-1], parts) for parts in PARTS]
-        for candidate in [*tried, *more]:
-            if candidate.accumulation > 1 and any(r["fits"] for r in found if _mesh_of(r) == mesh):
-                break
-            program = _program(candidate, config, devices, place, slices)
-            if program is None or _bound_by_arithmetic(program, place) > min(map(_bound, found), default=math.inf):
-                continue
-            say(f"{place.name}: {describe(candidate)} …")
-            found.append(_report(candidate, program))
-            say(f"  {found[-1]['memory'] / GIB:.2f} GiB, bound {1e3 * _bound(found[-1]):.0f} ms")
+    for mesh in _meshes(config, len(devices), slices):
+        for remat in REMAT:
+            for parts in PARTS:
+                candidate = Candidate(*mesh, remat, parts)
+                program = _program(candidate, config, devices, place)
+                if program is None or _bound_by_arithmetic(program, place) > min(map(_bound, found), default=math.inf):
+                    break
+                say(f"{place.name}: {describe(candidate)} …")
+                found.append(report := _report(candidate, program))
+                bound = f"bound {1e3 * _bound(report):.0f} ms" if report["fits"] else "does not fit"
+                say(f"  {report['memory'] / GIB:.2f} GiB, {bound}")
+                if report["fits"]:
+                    break
     if not found:
         raise UsageError(
             f"data.batch_size={config.data.batch_size} is not divisible over {len(devices)} devices by any layout."
@@ -110,9 +112,10 @@ def search(
     }
 
 
-def _meshes(config: ConfigDict, devices: int) -> Iterator[tuple[str, int, int, int]]:
-    """(preset, data, fsdp, tensor) of all that is worth a try on the devices of a slice."""
-    yield "data", devices, 1, 1
+def _meshes(config: ConfigDict, devices: int, slices: int) -> Iterator[tuple[str, int, int, int, int]]:
+    """(preset, slices, data, fsdp, tensor) of all that is worth a try."""
+    devices //= slices
+    yield "data", slices, devices, 1, 1
     for tensor in (1, 2):
         if devices % tensor or config.model.heads % tensor:
             continue
@@ -121,21 +124,13 @@ def _meshes(config: ConfigDict, devices: int) -> Iterator[tuple[str, int, int, i
         short = {SHORT} if largest % SHORT == 0 and tensor == 1 else set()
         for fsdp in sorted(({largest} | short) - {1}, reverse=True):
             for preset in ("fsdp", "zero1") if tensor == 1 else ("fsdp_tensor",):
-                yield preset, rest // fsdp, fsdp, tensor
+                yield preset, slices, rest // fsdp, fsdp, tensor
 
 
-def _program(
-    candidate: Candidate, config: ConfigDict, devices: Sequence[Any], place: Topology, slices: int
-) -> Program | None:
+def _program(candidate: Candidate, config: ConfigDict, devices: Sequence[Any], place: Topology) -> Program | None:
     """The run's step, laid out so; None if it cannot be."""
     config = config.copy_and_resolve_references()
-    config.mesh.update(
-        preset=candidate.preset,
-        slices=slices,
-        data=candidate.data,
-        fsdp=candidate.fsdp,
-        tensor=candidate.tensor,
-    )
+    config.mesh.update({name: getattr(candidate, name) for name in ("preset", "slices", *meshes.AXES)})
     config.model.remat, config.optimizer.accumulation = candidate.remat, candidate.accumulation
     layout = meshes.make_layout(config.mesh, devices)
     try:
@@ -164,10 +159,6 @@ def _report(candidate: Candidate, program: Program) -> Report:
 def _bound(report: Report) -> float:
     """Seconds below which no step can be; none where it does not fit."""
     return max(report["seconds"].values()) if report["fits"] else math.inf
-
-
-def _mesh_of(report: Report) -> tuple[str, int, int, int]:
-    return tuple(report[name] for name in ("preset", *meshes.AXES))
 
 
 def describe(candidate: Candidate | Report) -> str:

@@ -79,8 +79,9 @@ class TrainStep:
     ) -> tuple[Any, Metrics]:
         """(gradients, losses) of one global batch; see `__call__`.
 
-        `kept`: the layout that the step runs on, and the shardings of its parameters between steps. Where they compute
-        whole, so says the layout, or so says `optimizer.accumulate` of several parts, devices add up once a step.
+        `kept`: the layout that the step runs on, and the shardings of its parameters between steps. Parameters are
+        gathered, and gradients added up, once per step if `layout.whole` is set, or if `optimizer.accumulate` is
+        "step" and there are several parts.
         """
         keys_B = example_keys(jax.random.key(self.config.seed), state.step, batch["image"].shape[0])
         if kept is None or batch_devices(kept[0].mesh) == 1:

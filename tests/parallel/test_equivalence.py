@@ -41,6 +41,24 @@ def test_a_preset_changes_nothing(reference, name):
             assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"width": ["data", "fsdp"], "mlp": "tensor"},
+        {"width": "tensor", "mlp": ["fsdp", "data"], "heads": None, "heads_out": None},
+        {"width": None, "layers": "data", "classes": "fsdp"},
+    ],
+)
+def test_nor_do_rules_of_ones_own(reference, rules, tmp_path):
+    """Every axis of matrices split, over both axes of a batch, and stacks by their layers."""
+    file = tmp_path / "mine.py"
+    file.write_text(f"def get_config():\n    return {{'data': 2, 'fsdp': 2, 'tensor': 2, 'rules': {rules}}}\n")
+    *results, _, _ = equivalence.compute({"mesh.preset": str(file), "model.remat": "dots"}, jax.devices())
+    measured = equivalence.errors(reference, results)
+    assert max(measured.values()) <= 1e-5, measured
+
+
 @pytest.fixture(scope="module")
 def text_reference(quick_compile, split_everything):
     return equivalence.compute(equivalence.TEXT, jax.devices()[:1])[:2]

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deco_jax.encoders.dinov2.model import DINOv2
+from deco_jax.encoders.teacher import teacher_of
 from deco_jax.errors import UsageError
 from deco_jax.parallel import mesh as meshes
 from deco_jax.training.start import abstract_state
@@ -23,9 +25,9 @@ def config(tiny_config):
     return tiny_config
 
 
-def program(config):
+def program(config, frozen=()):
     """(the step's program, traced; what it is called with)."""
-    train_step, layout = make_train_step(config), meshes.make_layout(config.mesh)
+    train_step, layout = make_train_step(config, frozen), meshes.make_layout(config.mesh)
     abstract, mesh, rows = abstract_state(train_step, layout), layout.mesh, np.arange(32)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: rng.normal(0, 0.2, p.shape).astype(np.float32), abstract.params)
@@ -37,7 +39,8 @@ def program(config):
     with meshes.use_mesh(layout):
         placed = meshes.place_batch(batch, mesh, rows, 32)
         messages = meshes.place_messages(0, np.full(32, -1), mesh, rows, 32)
-        lowered = jit_step(train_step, abstract, layout).lower(state, placed, messages, {})
+        weights = {network.name: network.abstract_params(layout) for network in frozen}
+        lowered = jit_step(train_step, abstract, layout).lower(state, placed, messages, weights)
     return lowered, (state, placed, messages, {})
 
 
@@ -57,12 +60,14 @@ def test_what_is_kept_lies_as_with_fsdp(config):
         assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
 
 
-def test_parameters_are_gathered_and_gradients_sent_once_however_many_parts(config):
+@pytest.mark.parametrize("preset, counts", [("zero1", (1, 4)), ("fsdp", (4,))])
+def test_parameters_are_gathered_and_gradients_sent_once_however_many_parts(config, preset, counts):
     """Matrices in bf16 and their gradients in fp32, the rest in fp32; no parameter twice."""
+    config.mesh.preset, config.optimizer.accumulate = preset, "step"
     state = abstract_state(make_train_step(config), meshes.make_layout(config.mesh))
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
     split = [is_matrix(path) for path, leaf in leaves if not leaf.sharding.is_fully_replicated]
-    for parts in (1, 4):
+    for parts in counts:
         config.optimizer.accumulation = parts
         lowered, _ = program(config)
         gathered, scattered = sent(lowered, "all_gather"), sent(lowered, "reduce_scatter")
@@ -89,6 +94,22 @@ def test_with_fsdp_every_layer_gathers_its_matrices_and_sends_their_gradients(co
     assert sorted(sent(lowered, "all_gather")) == sorted([*gathered, "i32"]), "of a table, the rows that are wanted"
     assert sent(lowered, "reduce_scatter") == ["f32"] * (len(layers) + len(rest))
     assert len(sent(lowered, "all_to_all")) == 2 * len(tables)
+    config.optimizer.gradient_dtype = "bfloat16"
+    in_bf16 = ["bf16" if matrix else "f32" for matrix in [True] * len(layers) + rest]
+    assert sorted(sent(program(config)[0], "reduce_scatter")) == sorted(in_bf16)
+
+
+def test_layers_of_the_teacher_gather_their_own_matrices(config):
+    """Once, as it has no backward pass; whole, a giant one would take 2.3 GB."""
+    config.mesh.preset = "fsdp"
+    without = sent(program(config)[0], "all_gather")
+    config.loss.update(alignment_weight=0.5, alignment_layer=1, alignment_features=24)
+    teacher = teacher_of(DINOv2(24, 5, 2, patch_size=14, image_patch=7, table_side=3), config)
+    lowered, _ = program(config, [teacher])
+    assert len(sent(lowered, "all_gather")) >= len(without) + 4, "its attention's and SwiGLU's two each, and more"
+    gathers = [line for line in lowered.as_text().splitlines() if "stablehlo.all_gather" in line]
+    kernels = [line for line in gathers if "xbf16>" in line]
+    assert kernels and not any("tensor<5x" in line for line in kernels), "a stack of five, gathered whole"
 
 
 @pytest.mark.slow

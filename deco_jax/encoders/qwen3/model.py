@@ -115,7 +115,7 @@ class Qwen3(nn.Module):
         """
         real_BxL, length = tokens_BxL >= 0, tokens_BxL.shape[1]
         table = self.get_variable("params", "table")
-        if not isinstance(table, Part):  # of which the shape is not what `param` expects
+        if not isinstance(table, Part):  # which `param` would gather whole
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("classes", "width"))
             table = self.param("table", init, (self.vocabulary, self.width), jnp.float32)
         s = look_up(table, jnp.where(real_BxL, tokens_BxL, self.padding)).astype(self.dtype)
