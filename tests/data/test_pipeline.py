@@ -193,12 +193,14 @@ def wait_until(condition, seconds=10):
 
 def test_the_end_leaves_no_thread_and_waits_for_none():
     """A storage may hang as a run ends; and a notebook that opens data many times must not fill up with threads."""
-    go_on, reads = threading.Event(), []
+    go_on, reads, lock = threading.Event(), [], threading.Lock()
 
     class Hanging(Numbers):
         def load(self, index, offset=None):
-            reads.append(index)
-            if len(reads) > 8:  # those read ahead hang
+            with lock:
+                reads.append(index)
+                number = len(reads)
+            if number > 8:  # those read ahead hang
                 go_on.wait(timeout=60)
             return super().load(index)
 
