@@ -24,6 +24,7 @@ from tests.helpers import GOLDEN
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_every_benchmark_finds_what_it_imports():
     """In one process of their own, since some of them set up JAX as they are loaded."""
     code = (

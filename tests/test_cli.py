@@ -160,7 +160,10 @@ def test_the_second_start_of_a_run_compiles_no_step_again(tmp_path):
     assert stored[0] == stored[1] and len(stored[0]) == 1
 
 
-@pytest.mark.parametrize("when, number", [("Network: ", signal.SIGINT), ("step 3/", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "when, number",
+    [("Network: ", signal.SIGINT), pytest.param("step 3/", signal.SIGTERM, marks=pytest.mark.slow)],
+)
 def test_signals_to_the_whole_process_group(interrupted, tmp_path, when, number):
     """What a terminal (Ctrl-C) and a scheduler do: data workers get the signal too, perhaps while they start."""
     process = start("train", *TINY, f"--workdir={tmp_path}", "--config.train.steps=1000000", "--config.data.workers=2")

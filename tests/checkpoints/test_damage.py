@@ -135,7 +135,10 @@ def test_what_still_cannot_be_read_is_one_line(written):
     """Damage that came after the check."""
     checkpoints = store.Checkpoints(written, keep=3, keep_every=0)
     assert checkpoints.agree_on_latest() == 3
-    truncate(written, 3)
+    folder = written / "checkpoints" / "3"
+    for name in checksums._files(folder):
+        if "/d/" in name:  # which array lies in which of these is a matter of time
+            (folder / name).write_bytes((folder / name).read_bytes()[:1000])
     for read in (
         lambda: checkpoints.restore(3, abstract(state(3))),
         lambda: store.restore_part(written / "checkpoints", 3, abstract({"ema": state(3).ema})),

@@ -158,6 +158,7 @@ def test_a_download_that_fails_leaves_nothing(hub, tmp_path, monkeypatch, status
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_download_once(hub, tmp_path):
     """Eight, on one machine."""
     arguments = f"{hugging_face.NAME!r}, {str(tmp_path)!r}"

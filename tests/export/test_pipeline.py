@@ -273,6 +273,7 @@ def test_states_of_prompts_are_ours(prompted, ours):
 
 
 @pytest.mark.usefixtures("quick_compile")
+@pytest.mark.slow
 def test_images_of_prompts_are_ours(prompted, ours):
     _, made, _ = prompted
     _, noise, sample = ours

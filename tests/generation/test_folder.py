@@ -142,6 +142,7 @@ def test_pictures_of_earlier_versions_are_added_to(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("quick_compile")
+@pytest.mark.slow
 def test_wide_pictures_led_away_from_a_class_and_their_ways(tmp_path, capsys):
     """trajectory.gif: the noise, two states on the way, the grid itself; the pictures are those without it."""
     wide = [*SAMPLE, "--image-size=8x16", "--steps=5", "--guidance=3", "--negative=2", "--labels=0,1", "--num=5"]

@@ -338,6 +338,7 @@ def wait_for(path):
     raise AssertionError(f"{path} did not come")
 
 
+@pytest.mark.slow
 def test_a_kill_costs_the_shard_in_work(start, tmp_path):
     (process,) = start(tmp_path / "cut", 0.2)
     wait_for(tmp_path / "cut/samples-00001.npy")

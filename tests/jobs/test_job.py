@@ -98,6 +98,7 @@ def test_a_folder_that_is_not_shared_is_said(start, tmp_path):
         assert code == 2 and "is not the folder that process 0 writes to; it must be shared." in output, output
 
 
+@pytest.mark.slow
 def test_parts_share_a_bucket_that_fails_now_and_then(start, bucket):
     """Three runs that know nothing of each other, 10 % of the requests failing; one more for a part is refused."""
     folder = storage.to_path(f"{bucket.url}/parts")

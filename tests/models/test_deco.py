@@ -86,6 +86,7 @@ def test_full_size_parameters(full_size_shapes, width, depth, shapes, parameters
     assert jax.tree.structure(filled) == jax.tree.structure(abstract), "a parameter of ours has no published name"
 
 
+@pytest.mark.slow
 def test_any_size_divisible_by_the_patch():
     g = Golden("deco_c2i")
     t, labels = jnp.zeros(1), jnp.zeros(1, jnp.int32)

@@ -107,6 +107,7 @@ def test_a_folder_for_hugging_face(workdir, tmp_path):
     assert "53,883" in (folder / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_card_of_a_run_says_how_it_was_trained(tiny_config, tmp_path):
     tiny_config.seed = 3
     train(tiny_config, str(tmp_path / "run"))

@@ -81,6 +81,7 @@ def test_grids_and_evaluations_of_a_solver_that_draws_noise(judge_files, tmp_pat
 
 
 @pytest.mark.usefixtures("quick_compile")
+@pytest.mark.slow
 def test_evaluations_compile_once_and_broken_images_end_no_run(judge_files, caplog):
     config = evaluating_config(judge_files)
     layout = meshes.make_layout(config.mesh)

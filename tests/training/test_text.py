@@ -133,6 +133,7 @@ def test_what_does_not_fit(config, tmp_path, change, message):
         train(config, str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_prompts_decide_after_a_little_training(config, tmp_path):
     """Not that it is good: that what is learnt depends on the caption, and guidance on the empty prompt."""
     config.train.update(steps=30, log_every=10, save_every=100, sample_every=0)
@@ -177,6 +178,7 @@ def loss_and_gradient(config, folder, turned=0):
     return float(losses["loss"]), np.asarray(found["network"]["text_embedding"]["in"]["kernel"])
 
 
+@pytest.mark.slow
 def test_stored_states_teach_what_the_encoder_does(config, stored, tmp_path):
     """In fp32 they differ by bfloat16's last bit, which is little beside what another caption changes."""
     config.flow.null_probability = 0.5  # dropped examples have the stored state of the empty prompt
