@@ -25,6 +25,12 @@ def uniform(bound: float) -> Callable[..., Array]:
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def matrix(module: nn.Module, name: str, init: Callable[..., Array], shape: tuple[int, ...]) -> Array | Part:
+    """A parameter of a module, fp32: as a `Part` where it is one, which `param` would gather whole."""
+    kept = module.get_variable("params", name)
+    return kept if isinstance(kept, Part) else module.param(name, init, shape, jnp.float32)
+
+
 class Linear(nn.Module):
     """y = x·kernel + bias, with one of the initialisations of docs/model.md, section 2.
 
@@ -53,11 +59,8 @@ class Linear(nn.Module):
             "normal": (nn.initializers.normal(0.02), torch_uniform),
             "zeros": (nn.initializers.zeros, nn.initializers.zeros),
         }[self.init]
-        kernel = self.get_variable("params", "kernel")
-        if not isinstance(kernel, Part):  # which `param` would gather whole, in fp32
-            kernel_init = nn.with_logical_partitioning(kernel_init, self.axes)
-            kernel = self.param("kernel", kernel_init, (fan_in, *features), jnp.float32)
-        y = product(x, kernel, self.dtype)
+        kernel_init = nn.with_logical_partitioning(kernel_init, self.axes)
+        y = product(x, matrix(self, "kernel", kernel_init, (fan_in, *features)), self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.with_logical_partitioning(bias_init, self.axes[1:]), features, jnp.float32)
             y = y + bias.astype(self.dtype)
@@ -115,10 +118,8 @@ class LabelEmbedding(nn.Module):
     @nn.compact
     def __call__(self, labels_B: Array) -> Array:
         """(B,) integers in [0, num_classes] → (B, D)."""
-        table = self.get_variable("params", "table")
-        if not isinstance(table, Part):  # which `param` would gather whole
-            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("classes", "width"))
-            table = self.param("table", init, (self.num_classes + 1, self.width), jnp.float32)
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("classes", "width"))
+        table = matrix(self, "table", init, (self.num_classes + 1, self.width))
         return look_up(table, labels_B).astype(self.dtype)
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from jax import Array
 
 from deco_jax.models.dit import SwiGLU
-from deco_jax.models.layers import Linear
-from deco_jax.ops.product import Part, look_up
+from deco_jax.models.layers import Linear, matrix
+from deco_jax.ops.product import look_up
 
 # The published sizes that serve as text encoders; upstream takes the second.
 SIZES = {
@@ -114,10 +114,8 @@ class Qwen3(nn.Module):
           (B, L, D) in `dtype`.
         """
         real_BxL, length = tokens_BxL >= 0, tokens_BxL.shape[1]
-        table = self.get_variable("params", "table")
-        if not isinstance(table, Part):  # which `param` would gather whole
-            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("classes", "width"))
-            table = self.param("table", init, (self.vocabulary, self.width), jnp.float32)
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("classes", "width"))
+        table = matrix(self, "table", init, (self.vocabulary, self.width))
         s = look_up(table, jnp.where(real_BxL, tokens_BxL, self.padding)).astype(self.dtype)
         s = nn.with_logical_constraint(s, ("batch", "tokens", "activation_width"))
         seen_BxLxL = jnp.tril(jnp.ones((length, length), bool)) & real_BxL[:, None, :]
