@@ -197,9 +197,9 @@ class Program:
             seen = network.depth * tokens * network.text_tokens + network.text_depth * network.text_tokens**2
             attention += 4 * seen * network.width
         blocks = forward - forward_flops(network.clone(depth=0, **text), side, side)
-        # Of attention dots does again the product of queries and keys, where cuDNN may do it all of it.
-        again = {"none": 0.0, "dots": attention if self.topology.platform == "gpu" else attention / 2, "full": blocks}
-        again = again[network.remat]
+        # Of attention, dots does the product of queries and keys again; on GPUs all, as cuDNN runs forward once more.
+        attention_again = attention if self.topology.platform == "gpu" else attention / 2
+        again = {"none": 0.0, "dots": attention_again, "full": blocks}[network.remat]
         model = step_flops(self.train_step, side)
         return images * model, images * (model + again)
 
