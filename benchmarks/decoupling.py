@@ -15,8 +15,8 @@ draws images without guidance, with the classes in the data's proportions. Repor
   elsewhere. As scale: the distance between two halves of the training images, and that of noise;
 - its differences between systems, seed by seed, with Student's 95 % interval of the mean;
 - for digits, the share that a classifier takes for the digit that was asked for;
-- the spectra of tokens and velocity (deco_jax/evaluation/spectra.py) of the first seed's networks, and, as their
-  logarithms depend on the tokens' scale, the plain share of fine detail in the energy of every seed's.
+- the spectra of tokens and velocity (deco_jax/evaluation/spectra.py): their last bin by the paper's measure and, as its
+  logarithm depends on the tokens' scale, the plain share of fine detail in the energy; drawn for the first seed.
 
 OUT gets one workdir per training, decoupling.json, pictures.png (one row per system, the same noise) and spectra with
 and without L_freq. Started again, it goes on where it was. Needs the extra `eval`; `--help` says where the photos are.
@@ -24,6 +24,7 @@ docs/decoupling.md has what came out.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -81,17 +82,19 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         return f"{(max(values) + min(values)) / 2:{digits}} ± {(max(values) - min(values)) / 2:{digits}}"
 
     lines = [
-        "| system | parameters | forward MFLOPs | Fréchet distance by seed | mean | recognised | tokens, fine "
-        "| velocity, fine | training s | images/s |",
-        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|",
+        "| system | parameters | forward MFLOPs | Fréchet distance by seed | mean | recognised | training s | images/s "
+        "| tokens: fine | last bin | velocity: fine | last bin |",
+        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in rows.items():
         runs = row["runs"]
         cells = [name, f"{row['parameters']:,}", f"{row['forward_flops'] / 1e6:.1f}"]
         cells.append(", ".join(f"{run['frechet']:.0f}" for run in runs))
         cells.append(f"{np.mean([run['frechet'] for run in runs]):.0f}")
-        cells += [spread(runs, key, ".1%") for key in ("recognised", "tokens_fine", "velocity_fine")]
+        cells.append(spread(runs, "recognised", ".1%"))
         cells += [spread(runs, key, ".0f") for key in ("training_seconds", "images_per_second")]
+        for part in ("tokens", "velocity"):
+            cells += [spread(runs, f"{part}_fine", ".1%"), spread(runs, f"{part}_last", ".3f")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -106,27 +109,31 @@ def pairs_table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def spectra_of(workdir: pathlib.Path, config: ConfigDict) -> Spectra:
-    return measure_spectra(
-        *load_pretrained(str(workdir)),
-        images=SPECTRA_IMAGES,
-        seed=0,
-        image_size=config.data.image_size,
-        batch_size=SPECTRA_IMAGES // 2,
-        steps=config.sample.steps,
-    )
-
-
-def fine_shares(workdir: pathlib.Path, config: ConfigDict) -> dict[str, float]:
-    """Which share of the energy beyond bin 0 is in the later half of the zig-zag order? Kept in the workdir."""
-    file, asked = workdir / "fine.json", config.to_json_best_effort()
+    """The network's spectra; what has been measured is read from the workdir."""
+    file, asked = workdir / "spectra.json", config.to_json_best_effort()
     known = json.loads(file.read_text()) if file.exists() else {}
-    if known.get("config") == asked:
-        return known["fine"]
-    spectra = spectra_of(workdir, config)
-    energies = {"tokens_fine": spectra.transformer_energy_64, "velocity_fine": spectra.velocity_energy_64}
-    fine = {name: float(energy[32:].sum() / energy[1:].sum()) for name, energy in energies.items()}
-    write_json(file, {"config": asked, "fine": fine})
-    return fine
+    if known.get("config") != asked:
+        spectra = measure_spectra(
+            *load_pretrained(str(workdir)),
+            images=SPECTRA_IMAGES,
+            seed=0,
+            image_size=config.data.image_size,
+            batch_size=SPECTRA_IMAGES // 2,
+            steps=config.sample.steps,
+        )
+        fields = {name: np.asarray(value).tolist() for name, value in dataclasses.asdict(spectra).items()}
+        known = {"config": asked, "spectra": fields}
+        write_json(file, known)
+    energies = {name: np.array(values) for name, values in known["spectra"].items() if name.endswith("_64")}
+    return Spectra(**known["spectra"] | energies)
+
+
+def summary(spectra: Spectra) -> dict[str, float]:
+    """The last bins by the paper's measure, and which share of the energy beyond bin 0 is in the later half of them."""
+    numbers = {"tokens_last": spectra.transformer[-1], "velocity_last": spectra.velocity[-1]}
+    for name, energy in (("tokens_fine", spectra.transformer_energy_64), ("velocity_fine", spectra.velocity_energy_64)):
+        numbers[name] = energy[32:].sum() / energy[1:].sum()
+    return {name: float(value) for name, value in numbers.items()}
 
 
 def picture(config: ConfigDict, workdirs: list[pathlib.Path], labels: np.ndarray) -> np.ndarray:
@@ -153,8 +160,8 @@ def compare(args: argparse.Namespace) -> None:
     report = {"recipe": args.recipe, "scale": scale(config, judge), "systems": rows}
     for seed in args.seeds:
         for name, system in SYSTEMS.items():
-            config = make_config(args, system, seed)
-            measured = run(config, workdir(name, seed), judge) | fine_shares(workdir(name, seed), config)
+            its, folder = make_config(args, system, seed), workdir(name, seed)
+            measured = run(its, folder, judge) | summary(spectra_of(folder, its))
             rows[name]["runs"].append({"seed": seed} | measured)
             print(
                 f"{name}, seed {seed}: Fréchet distance {measured['frechet']:.1f}, of the energy beyond bin 0 "
@@ -163,11 +170,11 @@ def compare(args: argparse.Namespace) -> None:
             )
             write_json(args.out / "decoupling.json", report)
     print(table(rows), pairs_table(rows), sep="\n\n")
-    labels = judge.labels(SHOWN)
-    save_png(picture(config, [workdir(name, first) for name in SYSTEMS], labels), args.out / "pictures.png")
+    shown = picture(config, [workdir(name, first) for name in SYSTEMS], judge.labels(SHOWN))
+    save_png(shown, args.out / "pictures.png")
     for folder, weight in (("spectra", 1.0), ("spectra_without_L_freq", 0.0)):
         names = [name for name, system in SYSTEMS.items() if system.weight == weight]
-        spectra = {name: spectra_of(workdir(name, first), config) for name in names}
+        spectra = {name: spectra_of(workdir(name, first), make_config(args, SYSTEMS[name], first)) for name in names}
         (args.out / folder).mkdir(exist_ok=True)
         print(write_spectra(args.out / folder, spectra))
 
