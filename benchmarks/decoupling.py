@@ -7,20 +7,17 @@ python benchmarks/decoupling.py OUT --recipe fashion_mnist       photos of cloth
 
 Four systems, DeCo and the baseline DiT with and without L_freq, are trained with the same parameters to 1 %, data,
 seeds, steps, batches, noise and optimiser (untuned, but for the digits' batch size, tried on the baseline). Then each
-draws images without guidance, with the classes in the data's proportions. Reported are:
+draws images without guidance, with the classes in the data's proportions. Reported are, for each and as differences
+seed by seed, with Student's 95 % interval of the mean:
 
-- the Fréchet distance to the training images (there are no others: the sets are small), on EfficientNet-Lite0's last
-  block, averaged over places. Its 320 features are fewer than the images (but for the halves of food), so covariances
-  have full rank; the usual 1,280 or 2,048 would need tens of thousands of images. It is not comparable with FIDs
-  elsewhere. As scale: the distance between two halves of the training images, and that of noise;
-- its differences between systems, seed by seed, with Student's 95 % interval of the mean;
+- the Fréchet distance to the training images (there are no others: the sets are small), see judge.py;
 - for digits, the share that a classifier takes for the digit that was asked for;
 - the spectra of tokens and velocity (deco_jax/evaluation/spectra.py): their last bin by the paper's measure and, as its
   logarithm depends on the tokens' scale, the plain share of fine detail in the energy; drawn for the first seed.
 
-OUT gets one workdir per training, decoupling.json, pictures.png (one row per system, the same noise) and spectra with
-and without L_freq. Started again, it goes on where it was. Needs the extra `eval`; `--help` says where the photos are.
-docs/decoupling.md has what came out.
+OUT/RECIPE gets one workdir per training, decoupling.json, pictures.png (one row per system, the same noise) and spectra
+with and without L_freq. Started again, it goes on where it was. Needs the extra `eval`; `--help` says where the photos
+are had. docs/decoupling.md has what came out, and how long it took.
 """
 
 import argparse
@@ -33,8 +30,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from judge import Judge
 from ml_collections import ConfigDict
-from small_runs import Judge, System, argument_parser, make_config, paired, prepare_images, run, scale, show_pair
+from small_runs import System, described, make_config, paired, parser_for, prepare, run, show_pair, workdir
 
 from deco_jax.config import build_model
 from deco_jax.errors import UsageError
@@ -48,13 +46,14 @@ from deco_jax.sampling.pictures import make_grid, save_png
 from deco_jax.sampling.settings import Sampling
 from deco_jax.storage import write_json
 
+RECIPES = ("digits", "food", "food128", "fashion_mnist")  # those in which all systems are of a size
 SYSTEMS = {
     "baseline": System("baseline", 0.0),
     "baseline + L_freq": System("baseline", 1.0),
     "DeCo without L_freq": System("deco", 0.0),
     "DeCo": System("deco", 1.0),
 }
-PAIRS = {  # what is asked: the two systems, the better one first if the paper holds
+PAIRS = {  # what is asked, and the two systems that answer it
     "DeCo against the baseline": ("DeCo", "baseline"),
     "the decoder, without L_freq": ("DeCo without L_freq", "baseline"),
     "the decoder, with L_freq": ("DeCo", "baseline + L_freq"),
@@ -73,18 +72,18 @@ def size(config: ConfigDict) -> dict[str, float]:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The rows as Markdown; ± is half the difference between the best and the worst seed."""
+    """The systems as Markdown: means, and in brackets the smallest and the largest of the seeds."""
 
     def spread(runs: list[dict[str, Any]], key: str, digits: str) -> str:
         values = [run[key] for run in runs]
         if None in values:
             return "–"
-        return f"{(max(values) + min(values)) / 2:{digits}} ± {(max(values) - min(values)) / 2:{digits}}"
+        return f"{np.mean(values):{digits}} ({min(values):{digits}}–{max(values):{digits}})"
 
     lines = [
-        "| system | parameters | forward MFLOPs | Fréchet distance by seed | mean | recognised | training s | images/s "
-        "| tokens: fine | last bin | velocity: fine | last bin |",
-        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| system | parameters | forward MFLOPs | Fréchet distance by seed | mean | recognised | tokens: fine "
+        "| last bin | velocity: fine | last bin |",
+        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in rows.items():
         runs = row["runs"]
@@ -92,29 +91,44 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         cells.append(", ".join(f"{run['frechet']:.0f}" for run in runs))
         cells.append(f"{np.mean([run['frechet'] for run in runs]):.0f}")
         cells.append(spread(runs, "recognised", ".1%"))
-        cells += [spread(runs, key, ".0f") for key in ("training_seconds", "images_per_second")]
         for part in ("tokens", "velocity"):
             cells += [spread(runs, f"{part}_fine", ".1%"), spread(runs, f"{part}_last", ".3f")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def pairs_table(rows: dict[str, dict[str, Any]]) -> str:
-    """What the systems' distances differ by, as Markdown."""
-    lines = ["| | difference of Fréchet distances, 95 % interval | smaller with |", "|---|--:|---|"]
+def compare_pairs(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the systems differ by: {question: {"frechet" and so on: see `paired`}}."""
+    pairs = {}
     for question, (first, second) in PAIRS.items():
-        pair = paired(rows[first]["runs"], rows[second]["runs"])
-        lines.append(f"| {question} | {show_pair(pair, len(rows[first]['runs']))} |")
+        a, b = rows[first]["runs"], rows[second]["runs"]
+        keys = [key for key in ("frechet", "recognised", "tokens_fine", "tokens_last") if a[0][key] is not None]
+        pairs[question] = {key: paired(a, b, key) for key in keys}
+    return pairs
+
+
+def pairs_table(pairs: dict[str, dict[str, Any]], seeds: int) -> str:
+    """The differences as Markdown, the first system's less the second's; ± is Student's 95 % interval."""
+    lines = [
+        "| first less second | Fréchet distance | smaller with | recognised, points | tokens: fine, points "
+        "| last bin |",
+        "|---|--:|---|--:|--:|--:|",
+    ]
+    for question, pair in pairs.items():
+        cells = [question, show_pair(pair["frechet"]), f"{pair['frechet']['smaller']} of {seeds} seeds"]
+        cells.append(show_pair(pair["recognised"], 100, 1) if "recognised" in pair else "–")
+        cells += [show_pair(pair["tokens_fine"], 100, 1), show_pair(pair["tokens_last"], digits=3)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def spectra_of(workdir: pathlib.Path, config: ConfigDict) -> Spectra:
+def spectra_of(folder: pathlib.Path, config: ConfigDict) -> Spectra:
     """The network's spectra; what has been measured is read from the workdir."""
-    file, asked = workdir / "spectra.json", config.to_json_best_effort()
+    file, asked = folder / "spectra.json", described(config) | {"images": SPECTRA_IMAGES}
     known = json.loads(file.read_text()) if file.exists() else {}
     if known.get("config") != asked:
         spectra = measure_spectra(
-            *load_pretrained(str(workdir)),
+            *load_pretrained(str(folder)),
             images=SPECTRA_IMAGES,
             seed=0,
             image_size=config.data.image_size,
@@ -136,31 +150,25 @@ def summary(spectra: Spectra) -> dict[str, float]:
     return {name: float(value) for name, value in numbers.items()}
 
 
-def picture(config: ConfigDict, workdirs: list[pathlib.Path], labels: np.ndarray) -> np.ndarray:
+def picture(config: ConfigDict, folders: list[pathlib.Path], labels: np.ndarray) -> np.ndarray:
     """One row of images for each network, all from the same noise and labels."""
     settings, rows = Sampling.from_config(config.sample), []
-    for workdir in workdirs:
-        model, params = load_pretrained(str(workdir))
+    for folder in folders:
+        model, params = load_pretrained(str(folder))
         rows += generate(model, params, labels, config.seed, config.data.image_size, len(labels), settings)
     return make_grid(np.stack(rows), len(labels))
 
 
 def compare(args: argparse.Namespace) -> None:
     """Everything, in the order in which it is worth having."""
-
-    def workdir(name: str, seed: int) -> pathlib.Path:
-        return args.out / SYSTEMS[name].folder(seed)
-
-    first = args.seeds[0]
+    first, out = args.seeds[0], args.out / args.recipe
     rows = {name: size(make_config(args, system, first)) | {"runs": []} for name, system in SYSTEMS.items()}
-    sizes = [row["parameters"] for row in rows.values()]
-    assert max(sizes) <= 1.01 * min(sizes), f"parameters differ by more than 1 %: {sizes}"
     config = make_config(args, SYSTEMS["DeCo"], first)
     judge = Judge(config.data)
-    report = {"recipe": args.recipe, "scale": scale(config, judge), "systems": rows}
+    report = {"recipe": args.recipe, "scale": judge.scale(config.sample.num, config.data.image_size), "systems": rows}
     for seed in args.seeds:
         for name, system in SYSTEMS.items():
-            its, folder = make_config(args, system, seed), workdir(name, seed)
+            its, folder = make_config(args, system, seed), workdir(args, system, seed)
             measured = run(its, folder, judge) | summary(spectra_of(folder, its))
             rows[name]["runs"].append({"seed": seed} | measured)
             print(
@@ -168,23 +176,27 @@ def compare(args: argparse.Namespace) -> None:
                 f"{measured['tokens_fine']:.1%} of tokens' and {measured['velocity_fine']:.1%} of v̂'s is fine",
                 flush=True,
             )
-            write_json(args.out / "decoupling.json", report)
-    print(table(rows), pairs_table(rows), sep="\n\n")
-    shown = picture(config, [workdir(name, first) for name in SYSTEMS], judge.labels(SHOWN))
-    save_png(shown, args.out / "pictures.png")
-    for folder, weight in (("spectra", 1.0), ("spectra_without_L_freq", 0.0)):
-        names = [name for name, system in SYSTEMS.items() if system.weight == weight]
-        spectra = {name: spectra_of(workdir(name, first), make_config(args, SYSTEMS[name], first)) for name in names}
-        (args.out / folder).mkdir(exist_ok=True)
-        print(write_spectra(args.out / folder, spectra))
+    report["pairs"] = compare_pairs(rows)
+    write_json(out / "decoupling.json", report)
+    print(table(rows), pairs_table(report["pairs"], len(args.seeds)), sep="\n\n")
+    shown = picture(config, [workdir(args, system, first) for system in SYSTEMS.values()], judge.labels(SHOWN))
+    save_png(shown, out / "pictures.png")
+    for name, weight in (("spectra", 1.0), ("spectra_without_L_freq", 0.0)):
+        systems = {name: system for name, system in SYSTEMS.items() if system.weight == weight}
+        spectra = {
+            name: spectra_of(workdir(args, system, first), make_config(args, system, first))
+            for name, system in systems.items()
+        }
+        (out / name).mkdir(exist_ok=True)
+        print(write_spectra(out / name, spectra))
 
 
 def main() -> None:
-    args = argument_parser(__doc__.splitlines()[0]).parse_args()
+    args = parser_for(__doc__.splitlines()[0], RECIPES).parse_args()
     start = time.perf_counter()
     try:
         require_matplotlib()
-        prepare_images(args)
+        prepare(args)
         compare(args)
     except UsageError as error:
         sys.exit(str(error))

