@@ -22,7 +22,6 @@ are had. docs/decoupling.md has what came out, and how long it took.
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import sys
 import time
@@ -32,7 +31,18 @@ import jax
 import numpy as np
 from judge import Judge
 from ml_collections import ConfigDict
-from small_runs import System, described, make_config, paired, parser_for, prepare, run, show_pair, workdir
+from small_runs import (
+    System,
+    keep_result,
+    known_result,
+    make_config,
+    paired,
+    parser_for,
+    prepare,
+    run,
+    show_pair,
+    workdir,
+)
 
 from deco_jax.config import build_model
 from deco_jax.errors import UsageError
@@ -124,9 +134,8 @@ def pairs_table(pairs: dict[str, dict[str, Any]], seeds: int) -> str:
 
 def spectra_of(folder: pathlib.Path, config: ConfigDict) -> Spectra:
     """The network's spectra; what has been measured is read from the workdir."""
-    file, asked = folder / "spectra.json", described(config) | {"images": SPECTRA_IMAGES}
-    known = json.loads(file.read_text()) if file.exists() else {}
-    if known.get("config") != asked:
+    fields = known_result(folder / "spectra.json", config)
+    if fields is None or fields["images"] != SPECTRA_IMAGES:
         spectra = measure_spectra(
             *load_pretrained(str(folder)),
             images=SPECTRA_IMAGES,
@@ -136,10 +145,8 @@ def spectra_of(folder: pathlib.Path, config: ConfigDict) -> Spectra:
             steps=config.sample.steps,
         )
         fields = {name: np.asarray(value).tolist() for name, value in dataclasses.asdict(spectra).items()}
-        known = {"config": asked, "spectra": fields}
-        write_json(file, known)
-    energies = {name: np.array(values) for name, values in known["spectra"].items() if name.endswith("_64")}
-    return Spectra(**known["spectra"] | energies)
+        keep_result(folder / "spectra.json", config, fields)
+    return Spectra(**fields | {name: np.array(fields[name]) for name in fields if name.endswith("_64")})
 
 
 def summary(spectra: Spectra) -> dict[str, float]:

@@ -34,6 +34,7 @@ from deco_jax.storage import write_json
 from deco_jax.training.loop import train
 
 SEEDS = (0, 1, 2, 3)
+PARTS = ("model", "data", "loss", "flow", "optimizer", "ema", "train", "sample")  # of a configuration, that matter here
 
 # configs/quickstart.py, smaller, so that dozens of trainings fit into an afternoon.
 DIGITS = {
@@ -217,10 +218,27 @@ def copy_photos(data: str, original: pathlib.Path, folder: pathlib.Path) -> None
 
 
 def described(config: ConfigDict) -> dict[str, Any]:
-    """What decides on a result: the configuration without the paths, which change when OUT is moved."""
-    fields = json.loads(config.to_json_best_effort())
-    del fields["data"]["path"], fields["train"]["compilation_cache"]
-    return fields | {"real_images": REAL_IMAGES}
+    """What decides on a result, by field: the configuration without the paths, which change when OUT is moved."""
+    parts = json.loads(config.to_json_best_effort())
+    fields = {f"{part}.{name}": value for part in PARTS for name, value in parts[part].items()}
+    del fields["data.path"], fields["train.compilation_cache"]
+    return fields | {"seed": config.seed, "real_images": REAL_IMAGES}
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Which fields differ; one that only the newer version has does not count."""
+    return [f"{name}={now[name]} (there {value})" for name, value in then.items() if name in now and now[name] != value]
+
+
+def known_result(file: pathlib.Path, config: ConfigDict) -> Any:
+    """What was written there by `keep_result` for this configuration; None if nothing was."""
+    known = json.loads(file.read_text()) if file.exists() else None
+    return known["result"] if known and not differences(known["config"], described(config)) else None
+
+
+def keep_result(file: pathlib.Path, config: ConfigDict, result: Any) -> None:
+    """Writes a result and what it is of."""
+    write_json(file, {"config": described(config), "result": result})
 
 
 def check_workdir(folder: pathlib.Path, config: ConfigDict) -> None:
@@ -231,23 +249,16 @@ def check_workdir(folder: pathlib.Path, config: ConfigDict) -> None:
     """
     if not (folder / "config.json").exists():
         return
-    then, now = json.loads((folder / "config.json").read_text()), json.loads(config.to_json_best_effort())
-    differing = [
-        f"{part}.{name}={now[part][name]} (there {then[part].get(name)})"
-        for part in ("model", "data", "loss", "flow", "optimizer", "ema", "train")
-        for name in now[part]
-        if name not in ("path", "compilation_cache") and then[part].get(name) != now[part][name]
-    ]
-    if differing:
+    then = described(ConfigDict(json.loads((folder / "config.json").read_text())))
+    then = {name: value for name, value in then.items() if not name.startswith("sample.")}
+    if differing := differences(then, described(config)):
         raise UsageError(f"{folder} was begun otherwise: {', '.join(differing)}. Choose another OUT, or remove it.")
 
 
 def run(config: ConfigDict, folder: pathlib.Path, judge: Judge) -> dict[str, Any]:
     """Trains, draws and measures; what has been done in the workdir is not done again."""
-    file, asked = folder / "measured.json", described(config)
-    known = json.loads(file.read_text()) if file.exists() else {}
-    if known.get("config") == asked:
-        return known["measured"]
+    if measured := known_result(folder / "measured.json", config):
+        return measured
     check_workdir(folder, config)
     train(config, str(folder))
     if (step := store.find_checkpoint(str(folder))[1]) < config.train.steps:
@@ -263,7 +274,7 @@ def run(config: ConfigDict, folder: pathlib.Path, judge: Judge) -> dict[str, Any
         "recognised": judge.recognised(images, labels),
         "drawing_seconds": drawing,
     }
-    write_json(file, {"config": asked, "measured": measured})
+    keep_result(folder / "measured.json", config, measured)
     return measured
 
 
