@@ -17,7 +17,7 @@ seed by seed, with Student's 95 % interval of the mean:
 
 OUT/RECIPE gets one workdir per training, decoupling.json, pictures.png (one row per system, the same noise) and spectra
 with and without L_freq. Started again, it goes on where it was. Needs the extra `eval`; `--help` says where the photos
-are had. docs/decoupling.md has what came out, and how long it took.
+are had. docs/decoupling.md has what came out, docs/numbers.md how long it took.
 """
 
 import argparse

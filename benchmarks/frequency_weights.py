@@ -9,7 +9,8 @@ out zero. With so many intervals one in twenty does so by chance, and all of a r
 That one recipe says yes and another nothing is no proof that they differ; and they differ in more than one thing.
 
 decoupling.py says how systems are trained, and may be given the same OUT, before or after: what it has trained is not
-trained again. OUT/RECIPE gets frequency_weights.json. Needs the extra `eval`. docs/decoupling.md has what came out.
+trained again. OUT/RECIPE gets frequency_weights.json. Needs the extra `eval`.
+docs/decoupling.md has what has come out so far.
 """
 
 import sys

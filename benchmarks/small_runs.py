@@ -220,14 +220,15 @@ def copy_photos(data: str, original: pathlib.Path, folder: pathlib.Path) -> None
 def described(config: ConfigDict) -> dict[str, Any]:
     """What decides on a result, by field: the configuration without the paths, which change when OUT is moved."""
     parts = json.loads(config.to_json_best_effort())
-    fields = {f"{part}.{name}": value for part in PARTS for name, value in parts[part].items()}
-    del fields["data.path"], fields["train.compilation_cache"]
-    return fields | {"seed": config.seed, "real_images": REAL_IMAGES}
+    fields = {f"{part}.{name}": value for part in PARTS for name, value in parts.get(part, {}).items()}
+    fields |= {"seed": config.seed, "real_images": REAL_IMAGES}
+    return {name: value for name, value in fields.items() if name not in ("data.path", "train.compilation_cache")}
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Which fields differ; one that only the newer version has does not count."""
-    return [f"{name}={now[name]} (there {value})" for name, value in then.items() if name in now and now[name] != value]
+    """Which fields differ; one that an older version did not have was as it is by default."""
+    then = described(default_config()) | then
+    return [f"{name}={value} (there {then[name]})" for name, value in now.items() if then[name] != value]
 
 
 def known_result(file: pathlib.Path, config: ConfigDict) -> Any:
@@ -250,8 +251,8 @@ def check_workdir(folder: pathlib.Path, config: ConfigDict) -> None:
     if not (folder / "config.json").exists():
         return
     then = described(ConfigDict(json.loads((folder / "config.json").read_text())))
-    then = {name: value for name, value in then.items() if not name.startswith("sample.")}
-    if differing := differences(then, described(config)):
+    now = {name: value for name, value in described(config).items() if not name.startswith("sample.")}
+    if differing := differences(then, now):
         raise UsageError(f"{folder} was begun otherwise: {', '.join(differing)}. Choose another OUT, or remove it.")
 
 
