@@ -2,6 +2,7 @@
 
 python benchmarks/decoupling.py OUT                              digits, on a CPU
 python benchmarks/decoupling.py OUT --recipe food                photos of food at 64², in patches of 8; on a CPU
+python benchmarks/decoupling.py OUT2 --recipe food --steps 6000 --seeds 0 --systems baseline DeCo     trained for longer
 python benchmarks/decoupling.py OUT --recipe food128             the same at 128², in patches of 16; for a GPU
 python benchmarks/decoupling.py OUT --recipe fashion_mnist       photos of clothes at 64²; for a GPU
 
@@ -12,6 +13,7 @@ seed by seed, with Student's 95 % interval of the mean:
 
 - the Fréchet distance to the training images (there are no others: the sets are small), see judge.py;
 - for digits, the share that a classifier takes for the digit that was asked for;
+- the share that looks copied from a training image (judge.py; to be seen beside that of real images);
 - the spectra of tokens and velocity (deco_jax/evaluation/spectra.py): their last bin by the paper's measure and, as its
   logarithm depends on the tokens' scale, the plain share of fine detail in the energy; drawn for the first seed.
 
@@ -91,16 +93,16 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         return f"{np.mean(values):{digits}} ({min(values):{digits}}–{max(values):{digits}})"
 
     lines = [
-        "| system | parameters | forward MFLOPs | Fréchet distance by seed | mean | recognised | tokens: fine "
+        "| system | parameters | forward MFLOPs | Fréchet distance by seed | mean | recognised | copied | tokens: fine "
         "| last bin | velocity: fine | last bin |",
-        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|",
+        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in rows.items():
         runs = row["runs"]
         cells = [name, f"{row['parameters']:,}", f"{row['forward_flops'] / 1e6:.1f}"]
         cells.append(", ".join(f"{run['frechet']:.0f}" for run in runs))
         cells.append(f"{np.mean([run['frechet'] for run in runs]):.0f}")
-        cells.append(spread(runs, "recognised", ".1%"))
+        cells += [spread(runs, "recognised", ".1%"), spread(runs, "copied", ".1%")]
         for part in ("tokens", "velocity"):
             cells += [spread(runs, f"{part}_fine", ".1%"), spread(runs, f"{part}_last", ".3f")]
         lines.append(f"| {' | '.join(cells)} |")
@@ -111,6 +113,8 @@ def compare_pairs(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """What the systems differ by: {question: {"frechet" and so on: see `paired`}}."""
     pairs = {}
     for question, (first, second) in PAIRS.items():
+        if first not in rows or second not in rows:
+            continue
         a, b = rows[first]["runs"], rows[second]["runs"]
         keys = [key for key in ("frechet", "recognised", "tokens_fine", "tokens_last") if a[0][key] is not None]
         pairs[question] = {key: paired(a, b, key) for key in keys}
@@ -169,12 +173,13 @@ def picture(config: ConfigDict, folders: list[pathlib.Path], labels: np.ndarray)
 def compare(args: argparse.Namespace) -> None:
     """Everything, in the order in which it is worth having."""
     first, out = args.seeds[0], args.out / args.recipe
-    rows = {name: size(make_config(args, system, first)) | {"runs": []} for name, system in SYSTEMS.items()}
+    systems = {name: SYSTEMS[name] for name in args.systems}
+    rows = {name: size(make_config(args, system, first)) | {"runs": []} for name, system in systems.items()}
     config = make_config(args, SYSTEMS["DeCo"], first)
     judge = Judge(config.data)
     report = {"recipe": args.recipe, "scale": judge.scale(config.sample.num, config.data.image_size), "systems": rows}
     for seed in args.seeds:
-        for name, system in SYSTEMS.items():
+        for name, system in systems.items():
             its, folder = make_config(args, system, seed), workdir(args, system, seed)
             measured = run(its, folder, judge) | summary(spectra_of(folder, its))
             rows[name]["runs"].append({"seed": seed} | measured)
@@ -186,20 +191,23 @@ def compare(args: argparse.Namespace) -> None:
     report["pairs"] = compare_pairs(rows)
     write_json(out / "decoupling.json", report)
     print(table(rows), pairs_table(report["pairs"], len(args.seeds)), sep="\n\n")
-    shown = picture(config, [workdir(args, system, first) for system in SYSTEMS.values()], judge.labels(SHOWN))
+    shown = picture(config, [workdir(args, system, first) for system in systems.values()], judge.labels(SHOWN))
     save_png(shown, out / "pictures.png")
-    for name, weight in (("spectra", 1.0), ("spectra_without_L_freq", 0.0)):
-        systems = {name: system for name, system in SYSTEMS.items() if system.weight == weight}
+    for folder, weight in (("spectra", 1.0), ("spectra_without_L_freq", 0.0)):
         spectra = {
             name: spectra_of(workdir(args, system, first), make_config(args, system, first))
             for name, system in systems.items()
+            if system.weight == weight
         }
-        (out / name).mkdir(exist_ok=True)
-        print(write_spectra(out / name, spectra))
+        if spectra:
+            (out / folder).mkdir(exist_ok=True)
+            print(write_spectra(out / folder, spectra))
 
 
 def main() -> None:
-    args = parser_for(__doc__.splitlines()[0], RECIPES).parse_args()
+    parser = parser_for(__doc__.splitlines()[0], RECIPES)
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="to be compared")
+    args = parser.parse_args()
     start = time.perf_counter()
     try:
         require_matplotlib()

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import scipy.spatial  # scipy comes with jax
 from digits import DigitClassifier
 from ml_collections import ConfigDict
 
@@ -21,7 +22,8 @@ class Judge:
 
     The Fréchet distance is on EfficientNet-Lite0's last block, averaged over places. Its 320 features are fewer than
     the images (but for the halves of food), so covariances have full rank; the usual 1,280 or 2,048 would need tens of
-    thousands of images. It is not comparable with FIDs elsewhere, and rewards a network that copies what it has seen.
+    thousands of images. It is not comparable with FIDs elsewhere, and rewards a network that copies what it has seen,
+    which `copied` is there to show.
     """
 
     def __init__(self, data: ConfigDict):
@@ -54,6 +56,10 @@ class Judge:
         """Distance of these images to the training images."""
         return _distance(self.features(images_KxHxWx3), self.real_KxD)
 
+    def copied(self, images_KxHxWx3: np.ndarray) -> float:
+        """Share of images that are suspiciously near to a training image; see `share_copied`."""
+        return share_copied(self.features(images_KxHxWx3), self.real_KxD)
+
     def recognised(self, images_KxHxWx3: np.ndarray, labels_K: np.ndarray) -> float | None:
         """Share of digits that look like the one asked for; None for other images."""
         if self.classifier is None:
@@ -63,12 +69,30 @@ class Judge:
         return float((self.classifier(grey) == labels_K).mean())
 
     def scale(self, images: int, side: int) -> dict[str, float]:
-        """What distances are to be seen beside: that between halves of the real images, and that of noise."""
+        """What figures are to be seen beside: those of the halves of the real images, and the distance of noise."""
         noise = to_uint8(image_noise(jax.random.key(0), np.arange(images), (side, side, 3)))
-        halves = _distance(self.real_KxD[::2], self.real_KxD[1::2])
-        found = {"halves": halves, "noise": self.frechet(np.asarray(noise)), "real_images": len(self.real_KxD)}
-        print("Fréchet distance: {halves:.1f} between halves of the real images, {noise:.0f} to noise.".format(**found))
+        halves = self.real_KxD[::2], self.real_KxD[1::2]
+        found = {"halves": _distance(*halves), "noise": self.frechet(np.asarray(noise))}
+        found |= {"halves_copied": share_copied(*halves), "real_images": len(self.real_KxD)}
+        print(
+            "Fréchet distance: {halves:.1f} between halves of the real images, {noise:.0f} to noise. Copied from one "
+            "half, by the other's measure: {halves_copied:.1%}.".format(**found)
+        )
         return found
+
+
+def share_copied(drawn_KxD: np.ndarray, real_KxD: np.ndarray) -> float:
+    """Share of drawn images that are nearer to a training image than that one is to every other training image.
+
+    One less the authenticity of Alaa et al. 2022 (arXiv 2102.08921). Images that nobody has copied have a share too,
+    as `Judge.scale` shows on halves of the real ones: what counts is how much larger that of a network is.
+    """
+    distances = scipy.spatial.distance.cdist(drawn_KxD, real_KxD)
+    nearest_K = distances.argmin(axis=1)
+    chosen, place_K = np.unique(nearest_K, return_inverse=True)
+    to_others = scipy.spatial.distance.cdist(real_KxD[chosen], real_KxD)
+    to_others[np.arange(len(chosen)), chosen] = np.inf
+    return float((distances.min(axis=1) < to_others.min(axis=1)[place_K]).mean())
 
 
 def _distance(features_a_KxD: np.ndarray, features_b_KxD: np.ndarray) -> float:

@@ -258,7 +258,8 @@ def check_workdir(folder: pathlib.Path, config: ConfigDict) -> None:
 
 def run(config: ConfigDict, folder: pathlib.Path, judge: Judge) -> dict[str, Any]:
     """Trains, draws and measures; what has been done in the workdir is not done again."""
-    if measured := known_result(folder / "measured.json", config):
+    measured = known_result(folder / "measured.json", config)
+    if measured and "copied" in measured:  # as of 2026-11-26; older ones are drawn and measured again
         return measured
     check_workdir(folder, config)
     train(config, str(folder))
@@ -273,6 +274,7 @@ def run(config: ConfigDict, folder: pathlib.Path, judge: Judge) -> dict[str, Any
     measured = {
         "frechet": judge.frechet(images),
         "recognised": judge.recognised(images, labels),
+        "copied": judge.copied(images),
         "drawing_seconds": drawing,
     }
     keep_result(folder / "measured.json", config, measured)

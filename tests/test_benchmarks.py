@@ -95,6 +95,18 @@ def test_differences_are_paired_by_seed(small_runs):
     assert small_runs.show_pair(alone) == "-157" and verdict(alone) == "cannot say"
 
 
+def test_copies_are_told_from_new_images(small_runs):
+    share_copied = importlib.import_module("judge").share_copied
+    real = np.array([[0.0, 0.0], [4.0, 0.0], [0.0, 9.0]])  # the nearest others are 4, 4 and 9 away
+    drawn = np.array([[0.0, 0.0], [0.0, -3.9], [0.0, -4.1], [8.1, 0.0], [0.0, 17.0], [0.0, 19.0]])
+    assert share_copied(drawn, real) == 3 / 6  # the first two, and the fifth: 8 from the third photo
+    assert share_copied(real, real) == 1.0
+    rng = np.random.default_rng(0)
+    halves = rng.normal(size=(2, 400, 20))
+    assert share_copied(halves[0] + 1e-3, halves[0]) == 1.0
+    assert share_copied(*halves) < 0.5
+
+
 def test_every_training_has_a_workdir_of_its_own(small_runs, tmp_path):
     settings = importlib.import_module("frequency_weights").SETTINGS
     systems = {*settings.values(), *importlib.import_module("decoupling").SYSTEMS.values()}
@@ -185,8 +197,12 @@ def test_what_was_measured_is_not_measured_again(small_runs, monkeypatch, tmp_pa
     assert found["pairs"]["L_freq for DeCo"]["frechet"]["mean"] == pytest.approx(np.mean(np.subtract(a, b)))
     printed = capsys.readouterr().out
     assert printed.count("\n| L_freq for DeCo | ") == 2 and " of 1 seeds | " in printed
+    all_arguments = sys.argv
+    monkeypatch.setattr(sys, "argv", [*all_arguments, "--systems", "DeCo", "DeCo without L_freq"])
+    script.main()
+    assert list(json.loads(report.read_text())["pairs"]) == ["L_freq for DeCo"]
     weights = importlib.import_module("frequency_weights")
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--settings", "default"])
+    monkeypatch.setattr(sys, "argv", [*all_arguments, "--settings", "default"])
     weights.main()  # with what decoupling.py has trained
     pairs = json.loads((tmp_path / "digits" / "frequency_weights.json").read_text())["pairs"]
     assert pairs == {"default": found["pairs"]["L_freq for DeCo"]["frechet"]}
