@@ -45,17 +45,22 @@ class ClassLabels:
         return jnp.zeros(batch_size, jnp.int32)
 
     def read(self, requests: Array | Sequence[int | str]) -> np.ndarray:
-        """What users ask for, integers or "null", as the network takes it: (B,) int32.
+        """What users ask for, as the network takes it: (B,) int32.
+
+        Args:
+          requests: a list of integers or "null"; or an array of labels as the network takes them, where num_classes is
+            no class.
 
         Raises:
-          UsageError: one is neither a class of the network nor "null".
+          UsageError: one is neither a class of the network nor none.
         """
-        values = list(np.asarray(requests) if hasattr(requests, "dtype") else requests)
+        is_array = hasattr(requests, "dtype")
+        values, end = list(np.asarray(requests) if is_array else requests), self.num_classes + is_array
         wrong = [
             value
             for value in values
             if not (isinstance(value, str) and value == self.nothing)
-            and not (isinstance(value, int | np.integer) and 0 <= value < self.num_classes)
+            and not (isinstance(value, int | np.integer) and 0 <= value < end)
         ]
         if wrong:
             shown = ", ".join(str(value) for value in wrong[:5])

@@ -17,6 +17,8 @@
 #   RESTARTS=10               crashes in a row before it gives up; a run of an hour begins a new row
 #   REPLACEMENTS=100          TPUs it asks for after the first one
 #   PAUSE=30                  seconds between looks at the TPU's state, and before a restart
+#   VERSIONS=FILE             of the packages, so that a replaced TPU gets what the first one got; written by the first install
+#                             (default: runs/$TPU.versions.txt). Remove it to upgrade
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${TPU:?is the name of the TPU}" "${ZONE:?is the zone}" "${TYPE:?is its type, as v6e-64}"
@@ -29,6 +31,7 @@ case $TYPE in
   *) runtime=tpu-ubuntu2204-base ;;
 esac
 pause=${PAUSE:-30}
+versions=${VERSIONS:-runs/$TPU.versions.txt}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
@@ -83,7 +86,8 @@ if pkill -TERM -x deco; then timeout 300 bash -c 'while pgrep -x deco; do sleep 
 mkdir -p deco_jax && tar -xzf deco_jax.tar.gz -C deco_jax && cd deco_jax
 PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv # the image's Python is too old, or not ours to fill
 ~/.local/bin/uv python install --quiet 3.12
-PYTHON=\$(~/.local/bin/uv python find 3.12) bash -c 'source launch/venv.sh && make_venv ".[tpu,gcs]"'
+if [[ -s ../versions.txt ]]; then export PIP_CONSTRAINT=\$(realpath ../versions.txt); fi
+PYTHON=\$(~/.local/bin/uv python find 3.12) bash -c 'source launch/venv.sh && make_venv ".[tpu,gcs,t2i]"'
 EOF
 
 start="cd deco_jax && env"
@@ -93,8 +97,14 @@ done
 start+=" bash launch/host.sh tpu$(printf ' %q' "$@")"
 
 git archive --format=tar.gz --output="$scratch/deco_jax.tar.gz" HEAD
+to_all_hosts() { gcloud compute tpus tpu-vm scp "$1" "$TPU:$2" --zone="$ZONE" --worker=all; }
 prepare_hosts() {
-  gcloud compute tpus tpu-vm scp "$scratch/deco_jax.tar.gz" "$TPU:" --zone="$ZONE" --worker=all && on_all_hosts "$prepare"
+  if [[ -s $versions ]]; then to_all_hosts "$versions" versions.txt || return; fi
+  to_all_hosts "$scratch/deco_jax.tar.gz" "" && on_all_hosts "$prepare" || return
+  if [[ ! -s $versions ]]; then
+    node ssh --worker=0 --command="deco_jax/.venv/bin/python -m pip freeze --exclude-editable" >"$scratch/versions" || return
+    mkdir -p "$(dirname "$versions")" && mv "$scratch/versions" "$versions"
+  fi
 }
 pass_on() { on_all_hosts 'pkill -TERM -x deco' || true; } # the run then saves and ends by itself
 

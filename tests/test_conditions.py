@@ -25,6 +25,10 @@ def test_a_batch_carries_what_the_fields_say():
 
 def test_what_users_ask_for():
     np.testing.assert_array_equal(TEN.read([3, "null", np.int64(0)]), [3, 10, 0])
+    np.testing.assert_array_equal(TEN.read(np.array([3, 10])), [3, 10])  # as the network takes them
+    for labels in (np.array([11]), np.array([-1]), [10]):
+        with pytest.raises(UsageError, match=f"labels {labels[0]} do not exist"):
+            TEN.read(labels)
     assert TEN.parse("0,5-7,null") == [0, 5, 6, 7, "null"]
     assert TEN.parse("all") == list(range(10))
     for text in ("", "a", "1-", "1--2", "-1", "5-3", "²", "1.5"):

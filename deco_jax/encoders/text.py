@@ -114,15 +114,14 @@ class EmptyPrompt(nn.Module):
 
     tokens: int  # L
     width: int  # E
-    dtype: jnp.dtype = jnp.bfloat16
 
     @nn.compact
     def __call__(self, given: tuple[Array, Array]) -> Array:
-        """States (B, L, E), and which of them (B,) are to be the empty prompt's → (B, L, E)."""
+        """States (B, L, E), and which of them (B,) are to be the empty prompt's → (B, L, E) of their dtype."""
         text_BxLxE, dropped_B = given
         init = nn.with_logical_partitioning(nn.initializers.zeros, (None, None))
         nothing_LxE = self.param("nothing", init, (self.tokens, self.width), jnp.float32)
-        return jnp.where(dropped_B[:, None, None], nothing_LxE.astype(self.dtype), text_BxLxE)
+        return jnp.where(dropped_B[:, None, None], nothing_LxE.astype(text_BxLxE.dtype), text_BxLxE)
 
 
 def stored_text(config: ConfigDict) -> Frozen:
@@ -131,7 +130,7 @@ def stored_text(config: ConfigDict) -> Frozen:
     return Frozen(
         name="text",
         purpose=f"told the states in {config.text.stored}",
-        module=EmptyPrompt(length, width, dtype),
+        module=EmptyPrompt(length, width),
         writes="text",
         example=(jax.ShapeDtypeStruct((1, length, width), dtype), jax.ShapeDtypeStruct((1,), bool)),
         prepare=lambda batch: (batch["text"], batch["dropped"]),

@@ -204,11 +204,13 @@ class DeCo(nn.Module):
         x = noise.to(self.device, torch.float32)
         times = torch.arange(steps + 1, dtype=torch.float64) / steps
         times = times / (times + (1 - times) * shift)
-        low, high = torch.tensor(guidance_interval, dtype=torch.float32)  # compared in fp32, as deco_jax does
+        starts = torch.linspace(0, 1 - 1 / steps, steps)  # fp32, whose last bit decides at a bound of the interval
+        starts = starts / (starts + (1 - starts) * shift)
+        low, high = torch.tensor(guidance_interval, dtype=torch.float32)
         slopes: deque[Tensor] = deque(maxlen=ORDERS[solver])  # the newest first
         for k, (start, end) in enumerate(itertools.pairwise(times)):
             t = torch.full((len(x),), float(start), device=self.device)
-            guided = low < start.float() <= high and (solver == "euler" or start.float() < high)
+            guided = low < starts[k] <= high and (solver == "euler" or starts[k] < high)
             if y_and_null is not None and guided:
                 v, v_null = self(x.repeat(2, 1, 1, 1), t.repeat(2), y_and_null).chunk(2)
                 v = v_null + guidance * (v - v_null)

@@ -147,6 +147,7 @@ def read(
         if projector and "projector" in stored.networks:
             bundle.projector = networks.read_projector(stored)
             config.loss.alignment_weight = 0.5
+            config.loss.alignment_layer = min(6 if config.model.kind == "deco_text" else 8, config.model.depth)
             config.loss.alignment_features = len(bundle.projector["out"]["bias"])
         moments.read(stored, bundle)
     return bundle

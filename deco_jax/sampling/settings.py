@@ -70,11 +70,25 @@ class Sampling:
     def guided_steps(self) -> np.ndarray:
         """Which steps use guidance, (steps,): those that start at t with low < t ≤ high; none if guidance is 1.
 
-        So the first step, from t = 0, is never guided. Compared in fp32, as PyTorch compares its fp32 grid. Adams is
-        open on both sides, and Heun asks for slopes ahead (`Solver.guided`).
+        So the first step, from t = 0, is never guided. Adams is open on both sides, and Heun asks for slopes ahead
+        (`Solver.guided`).
         """
         low, high = np.float32(self.guidance_interval)
-        return SOLVERS[self.solver].guided(self.times[:-1].astype(np.float32), low, high) & (self.guidance != 1)
+        return SOLVERS[self.solver].guided(self._fp32_starts, low, high) & (self.guidance != 1)
+
+    @property
+    def _fp32_starts(self) -> np.ndarray:
+        """`times` without the last, (steps,), as PyTorch's fp32 `linspace` and shift round them.
+
+        Where a bound of the interval is a time of the grid, their last bit decides: of 50 steps the 45th starts at
+        0.90000004, beyond 0.9. The first half is counted from the start, the rest from the end, each rounded once.
+        """
+        end = np.float32(1 - (self.last or 1 / self.steps))
+        step = np.float64(end / np.float32(max(self.steps - 1, 1)))
+        number = np.arange(self.steps)
+        ahead = number < self.steps // 2
+        starts = np.where(ahead, number * step, end - (self.steps - 1 - number) * step) if self.steps > 1 else [0.0]
+        return shift_time(np.float32(starts), self.shift)
 
     @property
     def evaluations(self) -> int:

@@ -16,6 +16,7 @@ from deco_jax.config import build_model
 from deco_jax.diffusion.flow import Draws, draw, example_keys, to_float
 from deco_jax.diffusion.objective import Objective
 from deco_jax.encoders.frozen import Frozen
+from deco_jax.errors import UsageError
 from deco_jax.models import Projector
 from deco_jax.models.build import plainly
 from deco_jax.models.flops import forward_flops
@@ -130,6 +131,11 @@ class TrainStep:
         batch = {**self.network.condition.drop(batch, draws.drop_B), "image": images}
         for frozen in self.frozen:
             batch = frozen(frozen_params[frozen.name], batch)
+        if "dropped" in batch and not any(frozen.writes == "text" for frozen in self.frozen):
+            raise UsageError(
+                "a network that is told texts needs its encoder, or `stored_text`, among the frozen networks of its "
+                "step: otherwise no prompt is ever dropped."
+            )
         return batch, draws
 
     def _differentiate(self, params: Any, prepared: tuple[Batch, Draws]) -> tuple[Any, Metrics]:

@@ -36,6 +36,7 @@ def start(tmp_path):
 
     def start(script, *args, **environment):
         path = {"PATH": f"{BIN}:{os.environ['PATH']}", "FAKE": str(tmp_path), "DECO": str(BIN / "deco"), "PAUSE": "0"}
+        path["VERSIONS"] = str(tmp_path / "run" / "versions.txt")
         process = subprocess.Popen(
             ["bash", f"launch/{script}", *args],
             cwd=ROOT,
@@ -342,11 +343,11 @@ def test_pod_gets_a_tpu_and_runs_on_all_hosts(start, tmp_path):
     assert code == 0, output
     (create,) = asked(tmp_path, "create")
     assert "--accelerator-type=v6e-64 --runtime-version=v2-alpha-tpuv6e --spot" in create
-    assert all("--worker=all" in x for x in asked(tmp_path, "ssh") + asked(tmp_path, "scp"))
+    assert all("--worker=all" in x or "pip freeze" in x for x in asked(tmp_path, "ssh") + asked(tmp_path, "scp"))
     (command,) = lines(tmp_path / "runs")
     assert shlex.split(command)[-8:] == ["PROFILE_AT=100", "bash", "launch/host.sh", "tpu", *RUN]
     prepare = (tmp_path / "prepare").read_text()
-    assert 'make_venv ".[tpu,gcs]"' in prepare and "PYTHON=$(~/.local/bin/uv python find 3.12)" in prepare
+    assert 'make_venv ".[tpu,gcs,t2i]"' in prepare and "PYTHON=$(~/.local/bin/uv python find 3.12)" in prepare
     with tarfile.open(tmp_path / "deco_jax.tar.gz") as archive:
         assert "launch/quickstart.sh" in archive.getnames()
     assert not asked(tmp_path, "delete"), "the TPU is the user's to delete"
@@ -376,6 +377,11 @@ def test_pod_replaces_a_preempted_tpu(start, tmp_path):
     assert code == 0 and output.count("was preempted") == 2, output
     assert len(asked(tmp_path, "create")) == 3 and len(asked(tmp_path, "delete")) == 2
     assert len(set(lines(tmp_path / "runs"))) == 1, "the same command resumes"
+    assert (tmp_path / "run/versions.txt").read_text() == (tmp_path / "versions.txt").read_text() == "jax==0.11.2\n"
+    copied = [x.split()[4] for x in asked(tmp_path, "scp") if "versions" in x]
+    assert copied == [str(tmp_path / "run/versions.txt")] * 2, "what the first one got, to each that replaced one"
+    assert len([x for x in asked(tmp_path, "ssh") if "pip freeze" in x]) == 1
+    assert "export PIP_CONSTRAINT=$(realpath ../versions.txt)" in (tmp_path / "prepare").read_text()
 
 
 def test_pod_asks_for_a_bounded_number_of_tpus(start, tmp_path):

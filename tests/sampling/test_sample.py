@@ -28,6 +28,8 @@ def test_sampling_the_recorded_network():
     assert relative_error(images, g.image("samples")) < 2e-5
     same = deco_jax.sample(model, params, labels, noise=noise, settings=Sampling(**settings))
     np.testing.assert_array_equal(images, same)
+    same = deco_jax.sample(model, params, labels, noise=noise, negative=g["null_condition"], **settings)
+    np.testing.assert_array_equal(images, same)
 
 
 @pytest.mark.slow

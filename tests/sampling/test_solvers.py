@@ -52,6 +52,7 @@ def test_trajectories_equal_the_recorded_ones(case, monkeypatch):
     g, (solver, bound) = Golden("samplers"), CASES[case]
     settings, trajectory = recorded_sampler(json.loads(str(g[f"{case}:config"])), solver), g[f"{case}:trajectory"]
     np.testing.assert_allclose(settings.times, g[f"{case}:timesteps"], atol=1e-6)
+    np.testing.assert_array_equal(settings._fp32_starts, g[f"{case}:timesteps"][:-1])
     if solver == "euler_sde":
         draws = jnp.pad(g[f"{case}:step_noise"], [(0, 1)] + [(0, 0)] * 4, constant_values=jnp.inf)
         draws = draws.at[-1].set(7.0)  # the last step draws none
@@ -186,6 +187,23 @@ def test_guidance_interval_is_open_below_and_closed_above():
     assert not len(guided(1.0, (0.0, 1.0)))
     for solver, steps in {"euler": [3, 4, 5], "heun_exact": [3, 4, 5], "heun": [4, 5, 6], "adams2": [3, 4]}.items():
         np.testing.assert_array_equal(guided(2.0, (0.2, 0.5), solver), steps, err_msg=solver)
+
+
+def test_a_bound_that_is_a_time_of_the_grid_is_compared_in_torchs_fp32():
+    """There the last bit decides; in float64, or NumPy's fp32, each of these would have another first or last step."""
+
+    def guided(steps, interval, solver="euler", **grid):
+        return np.flatnonzero(Sampling(steps, solver, 2.5, interval, **grid).guided_steps).tolist()
+
+    assert guided(50, (0.1, 0.9)) == list(range(6, 45))
+    assert guided(15, (0.2, 1.0)) == list(range(3, 15))
+    assert guided(10, (0.1, 0.8), "adams2") == list(range(2, 9))
+    torch = pytest.importorskip("torch")
+    for steps, last, shift in itertools.product([1, 2, 3, 7, 25, 50, 100, 251], [0.0, 0.02], [1.0, 2.0, 3.0]):
+        if steps > 1 or not last:
+            starts = torch.linspace(0, 1 - (last or 1 / steps), steps)
+            starts = (starts / (starts + (1 - starts) * shift)).numpy()
+            np.testing.assert_array_equal(Sampling(steps, shift=shift, last=last)._fp32_starts, starts)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

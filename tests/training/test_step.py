@@ -232,3 +232,12 @@ def test_the_reported_gradient_norm_is_a_norm(tiny_config, batch):
     _, metrics = jax.jit(train_step.update)(state, gradients, {"loss": jnp.float32(0)})
     count = sum(p.size for p in jax.tree.leaves(state.params))
     assert abs(float(metrics["gradient_norm"]) - np.sqrt(count)) < 1e-3 * np.sqrt(count)
+
+
+def test_a_step_of_texts_needs_what_drops_them(tiny_config):
+    """Else a step that was made by hand would train on every prompt without a word."""
+    tiny_config.model.update(kind="deco_text", text_tokens=3, text_features=8, text_depth=1)
+    train_step = make_train_step(tiny_config)
+    batch = {"image": np.zeros((2, 16, 16, 3), np.uint8), "text": np.zeros((2, 3, 8), np.float32)}
+    with pytest.raises(UsageError, match="needs its encoder, or `stored_text`"):
+        jax.eval_shape(train_step._prepare, {}, jax.random.split(jax.random.key(0), 2), batch)
