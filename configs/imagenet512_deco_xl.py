@@ -1,11 +1,12 @@
 """DeCo-XL/16, ImageNet 512²: 100k steps more from a 256² checkpoint. The same 682.3 M parameters.
 
   deco train --config configs/imagenet512_deco_xl.py --workdir DIR --config.data.path=TFDS_DIR \\
-    --config.train.init_from=WORKDIR_OF_THE_256_RUN
+    --config.train.init_from=WORKDIR_OF_THE_256_RUN/checkpoints/1600000
 
 Rotary positions span [0, 16] at every size and the decoder works in its patch, so no parameter is new or changes shape.
 The teacher, DINOv2 ViT-B/14, sees 448² of these images: 32×32 features for 32×32 tokens.
 Hardware: upstream used 16 examples × 8 GPUs × 2 accumulation steps. This project has not run it yet.
+A workdir alone means its newest checkpoint; 1,600,000 steps are 320 epochs.
 Expected from 256² at 320 epochs, Euler-100, guidance 5.0: FID-50K 2.22 (paper; not reproduced here).
 """
 

@@ -380,7 +380,7 @@ def _add_plan(commands: Any) -> None:
     text = "plan the sampler instead of the training step"
     parser.add_argument("--sample", dest="sampler", action="store_true", help=text)
     parser.add_argument("--fit", action="store_true", help="find the largest batch that fits; compiles several times")
-    text = "try the layouts there are on short networks, and print the best; ten minutes and more"
+    text = "compile the step in the layouts there are, and print the best; ten minutes and more"
     parser.add_argument("--search", action="store_true", help=text)
     parser.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object")
 

@@ -224,7 +224,9 @@ def _pyarrow():
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise UsageError("data.source=\"parquet\" needs the package pyarrow: pip install 'deco_jax[t2i]'") from error
+        raise UsageError(
+            "data.source=\"parquet\" needs the package pyarrow: pip install -e '.[t2i]' in the repository"
+        ) from error
     return pyarrow
 
 

@@ -89,7 +89,7 @@ def _load(path: pathlib.Path, length: int):
     try:
         import tokenizers
     except ImportError as error:
-        raise UsageError("prompts need the package tokenizers: pip install 'deco_jax[t2i]'") from error
+        raise UsageError("prompts need the package tokenizers: pip install -e '.[t2i]' in the repository") from error
     try:
         found = tokenizers.Tokenizer.from_str(_read(path).decode())
     except Exception as error:  # the package raises Exception itself

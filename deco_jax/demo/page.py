@@ -137,4 +137,4 @@ def _require_gradio() -> None:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise UsageError(f"The page needs {error.name}: pip install 'deco-jax[demo]'.") from error
+        raise UsageError(f"The page needs {error.name}: pip install -e '.[demo]' in the repository.") from error

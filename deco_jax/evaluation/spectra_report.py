@@ -70,7 +70,9 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise UsageError("The figure of the spectra needs matplotlib: pip install 'deco-jax[eval]'.") from error
+        raise UsageError(
+            "The figure of the spectra needs matplotlib: pip install -e '.[eval]' in the repository."
+        ) from error
 
 
 def write_spectra(out: AnyPath, spectra: dict[str, Spectra]) -> str:

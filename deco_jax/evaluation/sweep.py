@@ -153,7 +153,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise UsageError("--sweep draws a plot with matplotlib: pip install 'deco-jax[eval]'.") from error
+        raise UsageError("--sweep draws a plot with matplotlib: pip install -e '.[eval]' in the repository.") from error
 
 
 def _to_png(points: list[dict[str, Any]], metrics: list[dict[str, float]], best: int, by: str) -> bytes:

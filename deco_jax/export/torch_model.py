@@ -22,7 +22,7 @@ try:
     import torch.nn.functional as F
     from torch import Tensor, nn
 except ImportError as error:
-    raise ImportError("the PyTorch model needs torch: pip install 'deco-jax[torch]'") from error
+    raise ImportError("the PyTorch model needs torch: pip install torch") from error
 
 EPSILON = 1e-6  # of every norm
 ORDERS = {"euler": 1, "adams1": 1, "adams2": 2, "adams3": 3, "adams4": 4}  # of the solvers: slopes that a step looks at

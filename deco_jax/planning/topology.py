@@ -79,7 +79,8 @@ def make_devices(topology: Topology) -> Sequence[Any]:
     if package and importlib.util.find_spec(package.replace("-", "_")) is None:
         raise UsageError(
             f"--topology={topology.name} needs {package}, which compiles for {topology.platform.upper()}s on any Linux "
-            f"machine with an x86 CPU; it comes with the extra `{extra}`: pip install 'deco-jax[{extra}]'."
+            f"machine with an x86 CPU; it comes with the extra `{extra}`: pip install -e '.[{extra}]' in the "
+            "repository."
         )
     if topology.platform == "tpu":
         os.environ.update(

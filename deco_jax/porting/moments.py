@@ -56,7 +56,7 @@ def require_torch(ending: str) -> None:
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        raise UsageError(f"writing a {ending} needs PyTorch: pip install 'deco-jax[torch]'.") from error
+        raise UsageError(f"writing a {ending} needs PyTorch: pip install -e '.[torch]' in the repository.") from error
 
 
 def write_pt(bundle: Bundle, path: pathlib.Path) -> None:

@@ -42,7 +42,7 @@ def _require_libraries() -> None:
         import jinja2  # noqa: F401
         import plotly  # noqa: F401
     except ImportError as error:
-        raise UsageError(f"A report needs {error.name}: pip install 'deco-jax[eval]'.") from error
+        raise UsageError(f"A report needs {error.name}: pip install -e '.[eval]' in the repository.") from error
 
 
 def _check_replaceable(target: AnyPath) -> None:

@@ -45,7 +45,7 @@ def _prepare_scheme(scheme: str, name: str) -> None:
         known = ", ".join(f"{scheme}://" for scheme in LIBRARIES)
         raise UsageError(f"{name} is no address that can be read; allowed: {known} and paths of this machine.")
     if importlib.util.find_spec(LIBRARIES[scheme]) is None:
-        extra = "pip install 'deco_jax[gcs]'" if scheme == "gs" else f"pip install {LIBRARIES[scheme]}"
+        extra = "pip install -e '.[gcs]' in the repository" if scheme == "gs" else f"pip install {LIBRARIES[scheme]}"
         raise UsageError(f"{name} is in a bucket, which needs {LIBRARIES[scheme]}: {extra}")
     import fsspec
 

@@ -246,7 +246,7 @@ def test_without_pyarrow(root, monkeypatch):
         return real(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UsageError, match=r"needs the package pyarrow: pip install 'deco_jax\[t2i\]'"):
+    with pytest.raises(UsageError, match=r"needs the package pyarrow: pip install -e '.\[t2i\]' in the repo"):
         opened(root)
 
 

@@ -259,4 +259,4 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, runs, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(SystemExit, match="2"):
         main(["demo", runs["class"]])
-    assert "The page needs gradio: pip install 'deco-jax[demo]'" in capsys.readouterr().err
+    assert "The page needs gradio: pip install -e '.[demo]' in the repo" in capsys.readouterr().err

