@@ -5,6 +5,7 @@ bit by bit what upstream's loader reads.
 """
 
 import dataclasses
+import functools
 import io
 import warnings
 
@@ -19,6 +20,8 @@ from deco_jax.errors import UsageError
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
+# By what a file begins with. Not all that Pillow knows: it hands PostScript to another program.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
 TURNS = {  # EXIF's orientation: what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -30,26 +33,37 @@ TURNS = {  # EXIF's orientation: what makes the image upright
 }
 
 
-def decode(content: bytes, orient: bool, background: str) -> Image.Image:
+def decode(content: bytes, orient: bool, background: str, min_side: int = 0) -> Image.Image:
     """The image in a file, as RGB; of several frames the first.
 
     Grey of 16 bits loses its lower eight, as Pillow does it to colours of 16 bits; grey in floating point is taken as
     0 to 1.
 
     Args:
-      content: of the file, of any format that Pillow reads.
+      content: of the file, in one of FORMATS, whatever its name ends with.
       orient: turn it as its EXIF orientation says.
       background: colour behind transparent pixels, as `ImageColor` reads it; "" = transparency is dropped.
+      min_side: pixels along the short side that it must have.
 
     Raises:
+      TooSmall: it has fewer; nothing but the file's head was read.
       Exception: whatever Pillow raises at a broken file, or one of more than 179 million pixels; ValueError: of grey
         values in a range that is not known.
     """
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=_known_formats()) as image:
+        if min(image.size) < min_side:
+            raise TooSmall(f"{image.width}×{image.height} pixels; data.min_side={min_side} asks for more")
         image.load()
         turn = TURNS.get(_orientation(image)) if orient else None
         image = _to_rgb(image, background)
     return image if turn is None else image.transpose(turn)
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -112,18 +126,22 @@ class Decoder:
           offset: of the square, see `square_crop`.
         """
         return square_crop(  # keeps no image
-            self._large(decode(content, self.orient, self.background)), self.size, offset
+            decode(content, self.orient, self.background, self.min_side), self.size, offset
         )
-
-    def _large(self, image: Image.Image) -> Image.Image:
-        if min(image.size) < self.min_side:
-            raise TooSmall(f"{image.width}×{image.height} pixels; data.min_side={self.min_side} asks for more")
-        return image
 
     def __str__(self) -> str:
         """In words, what is done that upstream's loader does not do; "" if nothing."""
         turned = ["turned by EXIF"] if self.orient else []
         return ", ".join([*turned, f"transparency on {self.background}"] if self.background else turned)
+
+
+def check_every_size(min_side: int, name: str) -> None:
+    """Raises UsageError if `min_side`, which is data.min_side, is not 0; `name`: what has every image, of any size."""
+    if min_side:
+        raise UsageError(
+            f"data.min_side={min_side} skips images by their size, and {name} has all of them; set data.min_side=0, or "
+            "leave small images out of the source."
+        )
 
 
 def check_centred(crop: str, name: str) -> None:

@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import os
 import signal
 import sys
@@ -35,6 +36,7 @@ from deco_jax.errors import TransientError, UsageError
 
 Batch = dict[str, np.ndarray]
 USUAL_THREADS = 4  # with more, those of one process wait for each other
+MOST_SMALL = 10_000  # in a row, before nearly all of the images are taken for too small
 
 
 class BadLimit(NamedTuple):
@@ -108,6 +110,7 @@ class LoadShare(grain.transforms.Map):
     tokenizer: Tokenizer | None = None  # of captions
     states: StoredStates | None = None  # of captions, which then are not tokenized
     crop_seed: int | None = None  # of random crops; None = the centre
+    min_side: int = 0  # of the source's decoder
     ended: list[Exception] = dataclasses.field(default_factory=list)  # not empty: why nobody waits for further batches
 
     def map(self, number: int) -> Batch:
@@ -128,13 +131,12 @@ class LoadShare(grain.transforms.Map):
         return batch
 
     def _load(self, index: int, place: int) -> Batch:
-        """A record, or the next one that can be read and is large enough; `bad` as `batches` says."""
+        """A record, or another one that can be read and is large enough; `bad` as `batches` says."""
         offset = None if self.crop_seed is None else crop_offset(self.crop_seed, place)
         unreadable, small = [], 0
-        for skipped in range(len(self.source)):
+        for record in self._candidates(index, place):
             if self.ended:
                 raise self.ended[0]
-            record = (index + skipped) % len(self.source)
             try:
                 bad = unreadable[0] if unreadable else -1 - small
                 row = {**self.source.load(record, offset), "bad": np.int32(bad)}
@@ -153,11 +155,27 @@ class LoadShare(grain.transforms.Map):
                 unreadable, reason = [*unreadable, record], error
                 if len(unreadable) > self.limit.records:
                     break
-        what = f"cannot be read, or are too small ({small})" if small else "cannot be read"
+        if small:
+            raise UsageError(
+                f"Of {len(unreadable) + small} records in a row none can be taken, {small} of them being too small "
+                f"({reason}); lower data.min_side."
+            )
         raise UsageError(
-            f"All {len(unreadable) + small} records from {self.source.describe(index)} on {what} ({reason}); "
+            f"All {len(unreadable)} records from {self.source.describe(index)} on cannot be read ({reason}); "
             f"{self.limit.setting}."
         )
+
+    def _candidates(self, index: int, place: int) -> Iterator[int]:
+        """The record `index`, and those that may stand in for it: the ones after it, of which few are bad.
+
+        Where small images are skipped these may lie in long rows, after which one image would stand in for all; so
+        others are those of the order's places half an epoch later, which no other row of the batch has.
+        """
+        number = len(self.source)
+        if not self.min_side:
+            return ((index + skipped) % number for skipped in range(number))
+        others = range(place + number // 2, place + number // 2 + min(2 * number, MOST_SMALL))  # 2: a whole epoch
+        return itertools.chain([index], (int(self.order[other]) for other in others))
 
 
 def crop_offset(seed: int, place: int) -> float:
@@ -247,7 +265,19 @@ def batches(
     limit, threads = BadLimit.from_config(config, source), Threads.from_config(config)
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle()  # places beyond its end are of later epochs
     crop_seed = seed if config.crop == "random" else None
-    load = LoadShare(source, features, order, config.batch_size, rows, limit, threads, tokenizer, states, crop_seed)
+    load = LoadShare(
+        source,
+        features,
+        order,
+        config.batch_size,
+        rows,
+        limit,
+        threads,
+        tokenizer,
+        states,
+        crop_seed,
+        config.min_side,
+    )
     numbers = grain.MapDataset.range(start, sys.maxsize // config.batch_size)
     with contextlib.ExitStack() as closing:
         closing.callback(threads.close)

@@ -3,6 +3,8 @@
 import numpy as np
 from PIL import Image
 
+LONGEST = 2**16  # pixels of the long side when the short one has `size`; a line of pixels could take gigabytes
+
 
 def square_crop(image: Image.Image, size: int, offset: float | None = None) -> np.ndarray:
     """The crop of the ADM code base, which FID reference batches were made with; (size, size, 3) uint8.
@@ -10,7 +12,12 @@ def square_crop(image: Image.Image, size: int, offset: float | None = None) -> n
     Halves with a box filter while the short side is at least twice `size`, resizes bicubically until the
     short side is `size`, and cuts out the centre, or the square at `offset` along the long side: 0 is the left or
     upper end, just below 1 the other one, and each place in whole pixels has an equal share. No flip.
+
+    Raises:
+      ValueError: it is so thin that its long side would then have more than 65,536 pixels.
     """
+    if max(image.size) * size > LONGEST * min(image.size):
+        raise ValueError(f"{image.width}×{image.height} pixels are too thin for a square of {size}")
     if image.mode != "RGB":  # converting would copy it
         image = image.convert("RGB")
     while min(image.size) >= 2 * size:

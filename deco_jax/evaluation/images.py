@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from PIL import UnidentifiedImageError
 
 from deco_jax import storage
-from deco_jax.data.decode import decode
+from deco_jax.data.decode import check_every_size, decode
 from deco_jax.data.pipeline import BadRecords
 from deco_jax.data.reading import list_files, read_bytes
 from deco_jax.data.records import SUFFIXES
@@ -208,6 +208,7 @@ class SourceImages:
 
     def __init__(self, config: ConfigDict, beside: AnyPath | None = None):
         """`config`: the `data` part of a configuration; `beside`: see `open_source`."""
+        check_every_size(config.min_side, "statistics of data")
         self.records, self.image_size = open_source(config, beside), (config.image_size, config.image_size)
         self.limit = BadRecords(self.records, config)
         where = {"digits": "digits", "tfds": f"{config.name}/{config.split}"}

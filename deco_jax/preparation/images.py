@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from deco_jax import storage
 from deco_jax.conditions import ClassLabels
-from deco_jax.data.decode import check_centred
+from deco_jax.data.decode import check_centred, check_every_size
 from deco_jax.data.pipeline import BadRecords, Batch, Threads, read_ahead
 from deco_jax.data.prepared import (
     LABEL,
@@ -103,6 +103,7 @@ def _open(config: ConfigDict, batch_size: int, folder: AnyPath) -> tuple[Source,
     if config.data.source == "prepared":
         raise UsageError("data.source='prepared' are prepared images already; name the source that they were made of.")
     check_centred(config.data.crop, f"--out={folder}")
+    check_every_size(config.data.min_side, f"--out={folder}")
     if config.data.path and storage.resolved(config.data.path) == storage.resolved(folder):
         raise UsageError(f"--out={folder} is data.path itself; choose another folder.")
     source, size = open_source(config.data, folder), config.data.image_size

@@ -48,7 +48,9 @@ def _open(config: ConfigDict, batch_size: int, folder: AnyPath) -> Work:
         raise UsageError(f"--batch-size={batch_size} must be at least 1.")
     check_centred(config.data.crop, f"--out={folder}")
     teachers.check_grids(config)
-    source, teacher = open_source(config.data, folder), teachers.load_teacher(config)
+    every_size = ConfigDict(config.data)
+    every_size.min_side = 0  # so that the features are right for any
+    source, teacher = open_source(every_size, folder), teachers.load_teacher(config)
     tokens, width = (config.data.image_size // IMAGE_PATCH) ** 2, teacher.network.module.width
     contents = Contents(
         identity=source.identity,

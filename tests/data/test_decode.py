@@ -7,10 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from deco_jax.config import default_config
-from deco_jax.data.decode import Decoder, decode
+from deco_jax.data.decode import Decoder, TooSmall, decode
 from deco_jax.data.transforms import square_crop
 from deco_jax.errors import UsageError
 
@@ -203,3 +203,27 @@ def test_a_background_that_is_no_colour(colour):
     config.background = colour
     with pytest.raises(UsageError, match=f"data.background='{colour}' is no colour; write a name"):
         Decoder.from_config(config)
+
+
+def test_postscript_is_not_run(monkeypatch):
+    """Pillow would hand a .jpg that begins so to Ghostscript, if that is installed."""
+    started = []
+    monkeypatch.setattr(subprocess, "check_call", lambda *args, **options: started.append(args))
+    content = encode(Image.fromarray(NOISE), "EPS")
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.format == "EPS"
+    with pytest.raises(UnidentifiedImageError):
+        decode(content, True, "white")
+    assert not started
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "PPM", "JPEG2000"])
+def test_other_formats_are_known_by_their_content(kind):
+    assert decoded(Image.fromarray(NOISE), kind).shape == NOISE.shape
+
+
+def test_small_images_are_known_by_their_head():
+    content = encode(Image.fromarray(NOISE))
+    with pytest.raises(TooSmall, match="30×20 pixels; data.min_side=21 asks for more"):
+        decode(content[:60], True, "white", min_side=21)
+    assert decode(content, True, "white", min_side=20).size == (30, 20)

@@ -20,6 +20,8 @@ from PIL import Image
 
 from deco_jax.conditions import ClassLabels
 from deco_jax.config import default_config
+from deco_jax.data import pipeline
+from deco_jax.data.decode import TooSmall
 from deco_jax.data.pipeline import BadLimit, BadRecords, LoadShare, Threads, batches, fingerprint
 from deco_jax.data.sources import open_source
 from deco_jax.errors import TransientError, UsageError
@@ -31,6 +33,8 @@ class Numbers:
 
     size: int = 90
     unreadable: frozenset = frozenset()
+    small: frozenset = frozenset()
+    loads: int = 0
     identity: str = "numbers"
     condition = ClassLabels(10)
 
@@ -38,6 +42,9 @@ class Numbers:
         return self.size
 
     def load(self, index, offset=None):
+        self.loads += 1
+        if index in self.small:
+            raise TooSmall(f"{index} is small")
         if index in self.unreadable:
             raise OSError(f"{index} is broken")
         return {"image": np.full((2, 2, 3), index, np.uint8), "label": np.int32(index)}
@@ -452,6 +459,28 @@ def test_nothing_but_broken_records_ends_the_search(limit):
     assert sorted(batch["label"]) == [limit] * limit + list(range(limit, 90)), "as many in a row as allowed is no error"
     with pytest.raises(UsageError, match=rf"number 0 .*is broken.*data\.max_bad_records={limit}\."):
         take(1, config, Numbers(unreadable=frozenset(range(limit + 1))))
+
+
+def test_a_row_of_small_images_is_not_all_shown_as_one():
+    """They are of one class or source, one after the other. Others take their places, about equally often."""
+    source, config = Numbers(size=240, small=frozenset(range(30, 180))), data_config(min_side=9, threads=1)
+    seen = np.bincount(labels(take(60, config, source)), minlength=240)
+    assert not seen[30:180].any() and seen.sum() == 240 and seen.max() <= 12
+    assert source.loads < 240 * 6, "each place looks for itself, and does not go through the row"
+    assert_equal(take(1, config, source, start=7)[0], take(8, config, source)[7])
+
+
+def test_nothing_but_small_images_ends_the_search(monkeypatch):
+    """A slip in one number: it is said after so many, not after all of a million."""
+    source, config = Numbers(small=frozenset(range(90))), data_config(min_side=9, threads=1)
+    with pytest.raises(UsageError, match="Of 181 records in a row none can be taken, 181 of them being too small"):
+        take(1, config, source)
+    source.small, source.loads = source.small - {77}, 0
+    assert set(labels(take(1, config, source))) == {77}, "one is enough"
+    monkeypatch.setattr(pipeline, "MOST_SMALL", 5)
+    source.small = frozenset(range(90))
+    with pytest.raises(UsageError, match="Of 6 records in a row.*lower data.min_side"):
+        take(1, config, source)
 
 
 @pytest.mark.parametrize("share, allowed", [(0.1, 1), (0.29, 5), (0.5, 9), (1.0, 10)])

@@ -290,6 +290,8 @@ def change_manifest(folder, **fields):
     ],
 )
 def test_a_run_that_needs_other_images(folder, change, message):
+    with pytest.raises(UsageError, match=rf"min_side=9 skips images by their size, and data.path='{folder}' has all"):
+        open_source(config_of(folder, min_side=9))
     with pytest.raises(UsageError, match=rf"data.path='{folder}' {message}"):
         open_source(config_of(folder, **change))
 
