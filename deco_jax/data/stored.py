@@ -146,7 +146,7 @@ class Stored(Generic[C]):
         self.bad = frozenset(bad)
         with concurrent.futures.ThreadPoolExecutor(16) as threads:  # buckets and network folders answer late
             self._starts = list(
-                threads.map(lambda file: _check_file(folder, file, self.contents), range(self.contents.files))
+                threads.map(lambda file: check_file(folder, file, self.contents), range(self.contents.files))
             )
 
     def __getitem__(self, record: int) -> np.ndarray:
@@ -167,7 +167,7 @@ class Stored(Generic[C]):
         return np.frombuffer(content, dtype).reshape(shape)
 
 
-def _check_file(folder: AnyPath, file: int, contents: Contents) -> int:
+def check_file(folder: AnyPath, file: int, contents: Contents) -> int:
     """The byte at which the numbers of a file begin; UsageError if its header or size is not what it must be."""
     path, shape, expected = array_file(contents.kind, folder, file), contents.shape(file), stored_as(contents.dtype)
     try:
@@ -185,7 +185,7 @@ def _check_file(folder: AnyPath, file: int, contents: Contents) -> int:
             return start
     except (OSError, ValueError) as error:
         problem = f"cannot be read ({error})"
-    raise UsageError(f"{path} {problem}. Remove {path.name} and run again: {_command(folder, contents)}")
+    raise UsageError(f"{path} {problem}. This makes it anew: {_command(folder, contents)}")
 
 
 def open_contents(kind: type[C], value: str, source: Source) -> tuple[AnyPath, C, bool]:
@@ -200,7 +200,8 @@ def open_contents(kind: type[C], value: str, source: Source) -> tuple[AnyPath, C
       UsageError: there are none, or they are of other records.
     """
     name, folder = f"{kind.setting}={value}", storage.to_path(value)
-    said = read_contents(kind, folder)
+    with storage.reading(folder):
+        said = read_contents(kind, folder)
     if said is None:
         what = f"holds no {kind.kind}" if folder.exists() else "is no folder"
         raise UsageError(

@@ -15,6 +15,8 @@ import io
 import itertools
 import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
@@ -74,7 +76,7 @@ class Extraction:
                 with np.load(io.BytesIO(content), allow_pickle=False) as file:
                     values = {name: file[name] for name in names}
                     bad, pixels = file["bad"], file["pixels"].tobytes()
-            except (ValueError, KeyError, OSError, EOFError) as error:
+            except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
                 raise UsageError(f"{path} is damaged ({error}); remove it and run the same command again.") from error
             numbers = np.array(self.numbers(shard))
             yield Extracted(numbers, ~np.isin(numbers, bad), values, pixels)

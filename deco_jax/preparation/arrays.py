@@ -22,6 +22,7 @@ from deco_jax.data.stored import (
     about_file,
     array_file,
     bad_file,
+    check_file,
     missing_files,
     read_contents,
     stored_as,
@@ -31,7 +32,7 @@ from deco_jax.jobs import Job, Progress, StopRequest, find_part, open_job
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel import processes
 from deco_jax.parallel.mesh import Layout
-from deco_jax.preparation.folder import free_space, remove_drafts
+from deco_jax.preparation.folder import free_space, of_each, remove_drafts, report_others, set_aside
 from deco_jax.preparation.reading import LoadCaptions, LoadRecords
 from deco_jax.storage import AnyPath
 from deco_jax.version import __version__
@@ -72,14 +73,17 @@ def prepare(out: str, part: str | None, open_work: Callable[[AnyPath], Work]) ->
         processes.assert_equal("what is to be prepared", repr(dataclasses.astuple(contents)))
         processes.agree(lambda: _is_of(job.folder, contents))  # before anything is written there
         job.claim(lambda: _begin(job, contents))
+        others = processes.agree(lambda: _set_aside_damaged(job, contents))
 
         def missing() -> list[int]:
-            return missing_files(job.folder, contents)
+            return sorted({*missing_files(job.folder, contents), *others})
 
         done = about_file(contents.kind, job.folder).exists() and not missing()
-        if processes.broadcast(str(done)) == "True":
+        if set(processes.allgather(str(done))) == {"True"}:  # another one may just have set a file aside
             job.say(f"{job.folder} is done: it holds the {contents.kind} of all {contents.records:,} records.")
             return
+        if job.first:
+            _reopen(job.folder, contents)
         job.say("\n".join([*work.source.summary(), _summary(contents, len(missing()))]))
         _write_files(job, work)
         if job.finish(missing, lambda: _complete(work, job.folder)):
@@ -134,6 +138,34 @@ def _is_of(folder: AnyPath, contents: Contents) -> bool:
         told = "; ".join(different)
         raise UsageError(f"--out={folder} holds {kind} of something else: {told}. Choose another folder.")
     return True
+
+
+def _set_aside_damaged(job: Job, contents: Contents) -> list[int]:
+    """Renames this worker's damaged files, so that they are missing; returns those of other parts that are damaged."""
+
+    def is_damaged(file: int) -> bool:
+        try:
+            check_file(job.folder, file, contents)
+        except UsageError:
+            return True
+        return False
+
+    there = sorted(set(range(contents.files)) - set(missing_files(job.folder, contents)))
+    looked_at = [*job.share(there), *(file for file in there if not job.is_mine(file))]
+    damaged = [file for file, bad in zip(looked_at, of_each(is_damaged, looked_at), strict=True) if bad]
+    for file in filter(job.is_mine, damaged):
+        set_aside(array_file(contents.kind, job.folder, file))
+    others = [file for file in damaged if not job.is_mine(file)]
+    report_others(job, others, lambda file: array_file(contents.kind, job.folder, file).name)
+    return others
+
+
+def _reopen(folder: AnyPath, contents: Contents) -> None:
+    """Of a folder that was complete: it says so no more, until all files are there again."""
+    if (whole := about_file(contents.kind, folder)).exists():
+        storage.write_json(about_file(contents.kind, folder, complete=False), dataclasses.asdict(contents))
+        with storage.writing(whole):
+            whole.unlink(missing_ok=True)
 
 
 # --- the numbers
@@ -202,7 +234,7 @@ def _write_file(
     """One file, from as many batches as it takes; what is unreadable in it is written first. Stopped: none."""
     shape, dtype, unreadable = contents.shape(number), stored_as(contents.dtype), []
     missing = shape[0]
-    with storage.write_beside(path) as draft, draft.open("wb") as file:
+    with storage.write_beside(path) as draft, storage.writing(path), draft.open("wb") as file:
         header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         while missing > 0:
@@ -211,8 +243,7 @@ def _write_file(
             bad.check(bad_B)
             unreadable += bad_B[bad_B >= 0].tolist()
             rows = min(missing, len(numbers_BxNxF))
-            with storage.writing(path):
-                file.write(numbers_BxNxF[:rows].astype(contents.dtype, copy=False).view(dtype))
+            file.write(numbers_BxNxF[:rows].astype(contents.dtype, copy=False).view(dtype))
             progress.update(progress.done + rows)
             missing -= rows
         file.flush()

@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
 
 import grain
 import numpy as np
@@ -24,7 +23,6 @@ from deco_jax.data.prepared import (
     LABEL,
     MANIFEST,
     PARTIAL,
-    THREADS,
     WRITING,
     Contents,
     FileInfo,
@@ -42,12 +40,11 @@ from deco_jax.errors import Stopped, UsageError
 from deco_jax.jobs import Job, Progress, find_part, open_job
 from deco_jax.jobs.progress import say
 from deco_jax.parallel import processes
-from deco_jax.preparation.folder import free_space, remove_drafts
+from deco_jax.preparation.folder import check_no_class, free_space, of_each, remove_drafts, report_others, set_aside
 from deco_jax.preparation.reading import LoadRecords
 from deco_jax.storage import AnyPath
 from deco_jax.version import __version__
 
-T = TypeVar("T")
 FILE_BYTES = 2**30  # of the pixels in a file, at most; on a disk it has about two thirds of that
 WORKERS_A_FILE = 4  # that fill one file; they crop 1,400 photos/s to 256², and 1,700/s can be compressed
 SMALLER = 0.65  # of the pixels' bytes, what photos take
@@ -79,18 +76,21 @@ def prepare_images(
         processes.assert_equal("what is to be prepared", repr(dataclasses.astuple(contents)))
         processes.agree(lambda: _is_of(job.folder, contents))  # before anything but an index is written there
         job.claim(lambda: _begin(job, contents))
+        others = processes.agree(lambda: _damaged_of_others(job, contents))
         _set_aside_damaged(job, contents, verify)
         if job.stopped:
             job.say(f"Stopped by {job.stop.by or 'a signal to another process'}; not all files were compared.")
             return
 
         def missing() -> list[int]:
-            return missing_files(job.folder, contents)
+            return sorted({*missing_files(job.folder, contents), *others})
 
         done = (job.folder / MANIFEST).exists() and not missing()
         if set(processes.allgather(str(done))) == {"True"}:  # another one may just have set a file aside
             job.say(_done(job.folder, out, contents))
             return
+        if job.first:
+            _reopen(job.folder, contents)
         job.say("\n".join([*source.summary(), _plan(job, contents, missing())]))
         _write_files(job, config, source, contents, batch_size)
         if job.finish(missing, lambda: _complete(config, source, contents, job.folder)):
@@ -106,6 +106,7 @@ def _open(config: ConfigDict, batch_size: int, folder: AnyPath) -> tuple[Source,
     check_every_size(config.data.min_side, f"--out={folder}")
     if config.data.path and storage.resolved(config.data.path) == storage.resolved(folder):
         raise UsageError(f"--out={folder} is data.path itself; choose another folder.")
+    check_no_class(folder, config.data)
     source, size = open_source(config.data, folder), config.data.image_size
     if not isinstance(source.condition, ClassLabels):
         raise UsageError(
@@ -189,16 +190,31 @@ def _set_aside_damaged(job: Job, contents: Contents, verify: bool) -> None:
     """Renames this worker's damaged files, so that they are missing."""
     there = _there(job.folder, contents)
     mine = job.share(there)
-    known = dict(zip(mine, _of_each(lambda file: _known(job.folder, file), mine), strict=True))
+    known = dict(zip(mine, of_each(lambda file: _known(job.folder, file), mine), strict=True))
     with contextlib.closing(Progress(len(mine), "file", active=job.first and verify)) as progress:
         for done, file in enumerate(job.shards(there) if verify else mine, 1):
             path = images_file(job.folder, file)
             if known[file] is None or (verify and _sha256(path) != known[file].sha256):
-                with storage.writing(path):
-                    path.rename(path.with_name(f"{path.name}.damaged"))
-                say(f"{path.name} is damaged: it is kept as {path.name}.damaged, for you to remove, and made anew.")
+                set_aside(path)
             if verify:
                 progress.update(done)
+
+
+def _damaged_of_others(job: Job, contents: Contents) -> list[int]:
+    """Files of other parts that have another size than they must have."""
+    files = [file for file in _there(job.folder, contents) if not job.is_mine(file)]
+    known = of_each(lambda file: _known(job.folder, file), files)
+    damaged = [file for file, info in zip(files, known, strict=True) if info is None]
+    report_others(job, damaged, lambda file: images_file(job.folder, file).name)
+    return damaged
+
+
+def _reopen(folder: AnyPath, contents: Contents) -> None:
+    """Of a folder that was complete: it says so no more, until all files are there again."""
+    if (folder / MANIFEST).exists():
+        storage.write_json(folder / PARTIAL, dataclasses.asdict(contents))
+        with storage.writing(folder / MANIFEST):
+            (folder / MANIFEST).unlink(missing_ok=True)
 
 
 def _known(folder: AnyPath, file: int) -> FileInfo | None:
@@ -217,12 +233,6 @@ def _known(folder: AnyPath, file: int) -> FileInfo | None:
 
 def _there(folder: AnyPath, contents: Contents) -> list[int]:
     return sorted(set(range(contents.files)) - set(missing_files(folder, contents)))
-
-
-def _of_each(look: Callable[[int], T], files: list[int]) -> list[T]:
-    """What `look` finds of each file; buckets and network folders answer late."""
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(look, files))
 
 
 def _sha256(path: AnyPath) -> str:
@@ -351,7 +361,7 @@ def _bad_so_far(folder: AnyPath, contents: Contents) -> list[int]:
 
 
 def _infos(folder: AnyPath, files: list[int]) -> list[FileInfo]:
-    return _of_each(lambda file: read_info(folder, file), files)
+    return of_each(lambda file: read_info(folder, file), files)
 
 
 def _complete(config: ConfigDict, source: Source, contents: Contents, folder: AnyPath) -> None:

@@ -22,6 +22,7 @@ from deco_jax.errors import UsageError
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel.mesh import Layout
 from deco_jax.preparation.arrays import Begun, Work, prepare, rows_a_file
+from deco_jax.preparation.folder import check_no_class
 from deco_jax.preparation.reading import LoadRecords
 from deco_jax.storage import AnyPath
 
@@ -47,6 +48,7 @@ def _open(config: ConfigDict, batch_size: int, folder: AnyPath) -> Work:
     if batch_size < 1:
         raise UsageError(f"--batch-size={batch_size} must be at least 1.")
     check_centred(config.data.crop, f"--out={folder}")
+    check_no_class(folder, config.data)
     teachers.check_grids(config)
     every_size = ConfigDict(config.data)
     every_size.min_side = 0  # so that the features are right for any

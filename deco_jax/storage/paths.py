@@ -65,6 +65,10 @@ def to_folder(option: str, name: str) -> AnyPath:
     folder = to_path(name)
     if not is_remote(folder):
         folder = folder.absolute()
-        if folder.exists() and not folder.is_dir():
+        try:
+            is_other = folder.exists() and not folder.is_dir()
+        except OSError as error:
+            raise UsageError(f"{option}={name} cannot be looked at: {error}.") from error
+        if is_other:
             raise UsageError(f"{option}={name} is no folder.")
     return folder

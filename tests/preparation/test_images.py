@@ -299,6 +299,15 @@ def test_damaged_files_are_found_and_made_anew(config, tmp_path, capsys):
     assert {name: after[name] for name in before} == before
     assert after.keys() - before == {"images-00001.array_record.damaged"}, "of the other only its .json was damaged"
 
+    file.write_bytes(before[file.name][:-100])
+    capsys.readouterr()
+    prepare_images(config, str(tmp_path), 5, part="0/2")
+    printed = capsys.readouterr().out
+    assert "images-00001.array_record is damaged; the part that made it" in printed and "is done: 13" not in printed
+    prepare_images(config, str(tmp_path), 5)
+    assert "kept as images-00001.array_record.damaged2" in capsys.readouterr().out
+    assert {name: data for name, data in contents_of(tmp_path).items() if name in before} == before
+
 
 def test_a_stop_while_files_are_compared_says_so(config, tmp_path, monkeypatch, capsys):
     """Not that the folder is done: of the other files nobody knows."""

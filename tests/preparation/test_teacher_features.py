@@ -21,7 +21,7 @@ from deco_jax.conditions import ClassLabels
 from deco_jax.data.features import Contents, StoredFeatures, open_features
 from deco_jax.data.pipeline import BadRecords, batches
 from deco_jax.data.sources import open_source
-from deco_jax.data.stored import array_file
+from deco_jax.data.stored import about_file, array_file
 from deco_jax.diffusion.flow import to_float
 from deco_jax.diffusion.objective import alignment_loss
 from deco_jax.encoders.teacher import load_teacher
@@ -164,8 +164,8 @@ def test_a_second_start_makes_what_is_missing_and_nothing_else(config, tmp_path,
     assert {name: data for name, (_, data) in after.items()} == {name: data for name, (_, data) in straight.items()}
 
 
-def test_a_file_that_was_removed_is_made_again(config, tmp_path):
-    """What to do about a file that a disk has damaged, as the reader's error says."""
+def test_a_damaged_file_is_kept_and_made_again(config, tmp_path, capsys):
+    """A file that was cut off, in a folder that says it is complete. The reader's error names the command."""
     prepare_teacher(config, str(tmp_path), batch_size=8)
     before = files_of(tmp_path)
     path = array_file("features", tmp_path, 1)
@@ -173,15 +173,45 @@ def test_a_file_that_was_removed_is_made_again(config, tmp_path):
     config.teacher.stored = str(tmp_path)
     with pytest.raises(
         UsageError,
-        match=f"{path.name} has .* bytes, not what its header says. Remove {path.name} and run again: deco prep",
+        match=f"{path.name} has .* bytes, not what its header says. This makes it anew: deco prep",
     ):
         open_features(config, open_source(config.data))
-    path.unlink()
+    prepare_teacher(config, str(tmp_path), batch_size=8, part="0/3")
+    printed = capsys.readouterr().out
+    assert "features-00001.npy is damaged; the part that made it" in printed and "shards of others" in printed
+    (tmp_path / ".features_mine").mkdir()  # a user's own, not a draft
+    for damaged in ("features-00001.npy.damaged", "features-00001.npy.damaged2"):
+        prepare_teacher(config, str(tmp_path), batch_size=8)
+        assert f"it is kept as {damaged}, for you to remove" in capsys.readouterr().out
+        assert (tmp_path / damaged).read_bytes() == before[path.name][1][:-1]
+        after = files_of(tmp_path)
+        assert {name: after[name][1] for name in before} == {name: data for name, (_, data) in before.items()}
+        assert after["features-00000.npy"] == before["features-00000.npy"], "the others stay"
+        open_features(config, open_source(config.data))
+        path.write_bytes(before[path.name][1][:-1])
+    assert (tmp_path / ".features_mine").is_dir()
+
+
+def test_a_folder_that_is_mended_says_so_only_at_the_end(config, tmp_path, monkeypatch):
+    """Else a kill in between would leave what was known of the old file as the truth about the new one."""
     prepare_teacher(config, str(tmp_path), batch_size=8)
-    after = files_of(tmp_path)
-    assert {name: data for name, (_, data) in after.items()} == {name: data for name, (_, data) in before.items()}
-    assert after["features-00000.npy"] == before["features-00000.npy"]
-    open_features(config, open_source(config.data))
+    array_file("features", tmp_path, 1).unlink()
+
+    def killed(*args):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(arrays, "_write_files", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        prepare_teacher(config, str(tmp_path), batch_size=8)
+    assert not about_file("features", tmp_path).exists() and about_file("features", tmp_path, False).exists()
+
+
+def test_a_folder_among_the_classes_is_refused(config, tmp_path):
+    """It would be a class without images, which stops the next start, and every run on these data."""
+    config.data.update(source="folder", path=str(tmp_path))
+    for name in ("features", "cat/features"):
+        with pytest.raises(UsageError, match=f"--out=.*{name} lies in data.path={tmp_path}, as the classes do"):
+            prepare_teacher(config, str(tmp_path / name), batch_size=8)
 
 
 def small_folder(folder, config, **changes):
