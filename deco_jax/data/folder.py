@@ -23,8 +23,9 @@ THREADS = 16  # folders whose times are looked at together
 class Folder:
     """One folder per class; labels number the folders in alphabetical order. Images are centre-cropped.
 
-    The folder may be in a bucket. Hidden files and folders, files beside the class folders and files with other endings
-    than images have are ignored, and counted. An index (see there) is kept, except of a bucket, which is always listed.
+    The folder may be in a bucket. Hidden files and class folders, files beside the class folders and files with other
+    endings than images have are ignored, and counted. An index (see there) is kept, except of a bucket, which is always
+    listed.
     """
 
     def __init__(self, config: ConfigDict, beside: AnyPath | None = None):

@@ -176,6 +176,7 @@ class Kept:
 
     def __init__(self, most: int):
         self.most, self._kept, self._lock = most, collections.OrderedDict(), threading.Lock()
+        self._reading: collections.defaultdict[int, threading.Lock] = collections.defaultdict(threading.Lock)
 
     def __reduce__(self) -> tuple[type["Kept"], tuple[int]]:
         return Kept, (self.most,)
@@ -184,12 +185,17 @@ class Kept:
         return len(self._kept)
 
     def get(self, key: int, read: Callable[[], Any]) -> Any:
-        """What is kept under `key`, or is read now."""
+        """What is kept under `key`, or is read now; by one thread, for which others that want the same wait."""
         with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-        found = read()
+            reading = self._reading[key]
+        with reading:
+            with self._lock:
+                if key in self._kept:
+                    self._kept.move_to_end(key)
+                    return self._kept[key]
+            return self._keep(key, read())
+
+    def _keep(self, key: int, found: Any) -> Any:
         with self._lock:
             self._kept[key] = found
             sizes = [getattr(each, "nbytes", 0) for each in self._kept.values()]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import fsspec
+from absl import logging
 
 from deco_jax import storage
 from deco_jax.storage import AnyPath
@@ -84,7 +85,7 @@ def list_files(
     """All files below a folder by their names from there on, "cat/1.png", in the order of their parts.
 
     A hidden folder on the first level is not looked into, and listed as ".git/". Links to files count as files; links
-    to folders are followed on the first level alone.
+    to folders are followed on the first level alone; how many lead to nothing, or to folders further down, is logged.
 
     Args:
       root: the folder.
@@ -103,22 +104,26 @@ def list_files(
 
 
 def _walk_all(root: pathlib.Path, times: dict[str, list[int]], tell: Callable[[int], None]) -> list[str]:
-    names = []
+    names, lost = [], []
     times.clear()  # of a try that failed
-    for name in _walk(root, "", times):
+    for name in _walk(root, "", times, lost):
         names.append(name)
         if len(names) % 1000 == 0:
             tell(len(names))
+    if lost:
+        logging.warning("%s: left out are %d links that lead to no file, such as %s.", root, len(lost), lost[0])
     return names
 
 
-def _walk(root: pathlib.Path, below: str, times: dict[str, list[int]]) -> Iterator[str]:
+def _walk(root: pathlib.Path, below: str, times: dict[str, list[int]], lost: list[str]) -> Iterator[str]:
     if below:
         times[below[:-1]] = times_of(root / below)  # before listing: what comes later is seen later
     with os.scandir(root / below) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=not below):
                 folder = f"{below}{entry.name}/"
-                yield from [folder] if folder.startswith(".") else _walk(root, folder, times)
+                yield from [folder] if folder.startswith(".") else _walk(root, folder, times, lost)
             elif entry.is_file():
                 yield below + entry.name
+            elif entry.is_symlink():
+                lost.append(below + entry.name)

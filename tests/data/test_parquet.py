@@ -1,9 +1,11 @@
 """Are the records of parquet files those that pyarrow reads in one go, and is every other file refused in one line?"""
 
 import builtins
+import concurrent.futures
 import itertools
 import json
 import pickle
+import time
 
 import pytest
 
@@ -257,3 +259,17 @@ def test_files_in_a_bucket(root, bucket):
     local, remote = open_source(here), open_source(there)
     assert (remote.identity, remote.contents()) == (local.identity, local.contents())
     same_batches(some_batches(there, remote), some_batches(here, local))
+
+
+def test_what_several_threads_want_is_read_once():
+    """A row group may have a gigabyte."""
+    kept, reads = parquet.Kept(2), []
+
+    def read():
+        reads.append(1)
+        time.sleep(0.05)
+        return "group"
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: kept.get(7, read), range(4)))
+    assert found == ["group"] * 4 and len(reads) == 1

@@ -240,3 +240,13 @@ def test_features_of_earlier_versions_do_not_say_how_images_were_decoded(images,
         config.data.update(decoding)
         open_features(config, open_source(config.data))
         assert ("does not say how its images were decoded" in caplog.text) == warned
+
+
+def test_links_that_lead_to_no_file_are_reported(tmp_path, caplog):
+    """As when the disk that a farm of links points to is not mounted."""
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat/a.png").write_bytes(b"image")
+    (tmp_path / "cat/b.png").symlink_to(tmp_path / "cat/a.png")
+    (tmp_path / "cat/c.png").symlink_to(tmp_path / "gone/c.png")
+    assert reading.list_files(tmp_path) == ["cat/a.png", "cat/b.png"]
+    assert "left out are 1 links that lead to no file, such as cat/c.png" in caplog.text

@@ -13,6 +13,7 @@ from deco_jax.encoders.features import load_features
 from deco_jax.errors import UsageError
 from deco_jax.evaluation import extract
 from deco_jax.evaluation.evaluate import evaluate
+from deco_jax.evaluation.extract import Extraction
 from deco_jax.evaluation.stats import compute_stats
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -107,3 +108,16 @@ def test_the_command_line(tmp_path, capsys):
     cli.main([*arguments, "--config.data.image_size=32"])
     assert "20 of 20 images of 32×32, digits" in capsys.readouterr().out
     assert (tmp_path / "reference.npz").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1])
+def test_damaged_features_are_named(tmp_path, keep):
+    """A file that a full disk or a copy has cut off, and one with a wrong byte: zipfile has errors of its own."""
+    part = Extraction(None, 3, None, tmp_path)
+    np.savez(part.file(0), bad=np.zeros(0, int), pixels=np.zeros(32, np.uint8), pool=np.ones((3, 500), np.float32))
+    assert next(part.read(("pool",))).features["pool"].shape == (3, 500)
+    content = bytearray(part.file(0).read_bytes())
+    content[len(content) // 2] ^= 1
+    part.file(0).write_bytes(content if keep < 0 else content[:keep])
+    with pytest.raises(UsageError, match="00000.npz is damaged .*; remove it and run the same command again"):
+        list(part.read(("pool",)))
