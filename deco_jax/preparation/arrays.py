@@ -32,7 +32,7 @@ from deco_jax.jobs import Job, Progress, StopRequest, find_part, open_job
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel import processes
 from deco_jax.parallel.mesh import Layout
-from deco_jax.preparation.folder import free_space, of_each, remove_drafts, report_others, set_aside
+from deco_jax.preparation.folder import free_space, of_each, remove_drafts, reopen, report_others, set_aside
 from deco_jax.preparation.reading import LoadCaptions, LoadRecords
 from deco_jax.storage import AnyPath
 from deco_jax.version import __version__
@@ -83,7 +83,8 @@ def prepare(out: str, part: str | None, open_work: Callable[[AnyPath], Work]) ->
             job.say(f"{job.folder} is done: it holds the {contents.kind} of all {contents.records:,} records.")
             return
         if job.first:
-            _reopen(job.folder, contents)
+            whole, partial = (about_file(contents.kind, job.folder, complete) for complete in (True, False))
+            reopen(whole, partial, contents)
         job.say("\n".join([*work.source.summary(), _summary(contents, len(missing()))]))
         _write_files(job, work)
         if job.finish(missing, lambda: _complete(work, job.folder)):
@@ -158,14 +159,6 @@ def _set_aside_damaged(job: Job, contents: Contents) -> list[int]:
     others = [file for file in damaged if not job.is_mine(file)]
     report_others(job, others, lambda file: array_file(contents.kind, job.folder, file).name)
     return others
-
-
-def _reopen(folder: AnyPath, contents: Contents) -> None:
-    """Of a folder that was complete: it says so no more, until all files are there again."""
-    if (whole := about_file(contents.kind, folder)).exists():
-        storage.write_json(about_file(contents.kind, folder, complete=False), dataclasses.asdict(contents))
-        with storage.writing(whole):
-            whole.unlink(missing_ok=True)
 
 
 # --- the numbers

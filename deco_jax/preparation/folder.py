@@ -1,12 +1,13 @@
 """Can files be written into the folder of a preparation? Drafts of a killed start go, and space is looked at."""
 
 import concurrent.futures
+import dataclasses
 import itertools
 import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -69,6 +70,20 @@ def report_others(job: Job, damaged: Sequence[int], name: Callable[[int], str]) 
     """Says which damaged files are of other parts, whose work it is to make them anew."""
     for file in damaged:
         job.say(f"{name(file)} is damaged; the part that made it makes it anew, or a start without parts.")
+
+
+def reopen(whole: AnyPath, partial: AnyPath, contents: Any) -> None:
+    """Of a folder that was complete: it says so no more, until all files are there again.
+
+    Args:
+      whole: the file that says what is in it, and that it is complete.
+      partial: the one that says so until it is.
+      contents: the dataclass that is written there.
+    """
+    if whole.exists():
+        storage.write_json(partial, dataclasses.asdict(contents))
+        with storage.writing(whole):
+            whole.unlink(missing_ok=True)
 
 
 def free_space(folder: AnyPath) -> float:

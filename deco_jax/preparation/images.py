@@ -40,7 +40,15 @@ from deco_jax.errors import Stopped, UsageError
 from deco_jax.jobs import Job, Progress, find_part, open_job
 from deco_jax.jobs.progress import say
 from deco_jax.parallel import processes
-from deco_jax.preparation.folder import check_no_class, free_space, of_each, remove_drafts, report_others, set_aside
+from deco_jax.preparation.folder import (
+    check_no_class,
+    free_space,
+    of_each,
+    remove_drafts,
+    reopen,
+    report_others,
+    set_aside,
+)
 from deco_jax.preparation.reading import LoadRecords
 from deco_jax.storage import AnyPath
 from deco_jax.version import __version__
@@ -90,7 +98,7 @@ def prepare_images(
             job.say(_done(job.folder, out, contents))
             return
         if job.first:
-            _reopen(job.folder, contents)
+            reopen(job.folder / MANIFEST, job.folder / PARTIAL, contents)
         job.say("\n".join([*source.summary(), _plan(job, contents, missing())]))
         _write_files(job, config, source, contents, batch_size)
         if job.finish(missing, lambda: _complete(config, source, contents, job.folder)):
@@ -207,14 +215,6 @@ def _damaged_of_others(job: Job, contents: Contents) -> list[int]:
     damaged = [file for file, info in zip(files, known, strict=True) if info is None]
     report_others(job, damaged, lambda file: images_file(job.folder, file).name)
     return damaged
-
-
-def _reopen(folder: AnyPath, contents: Contents) -> None:
-    """Of a folder that was complete: it says so no more, until all files are there again."""
-    if (folder / MANIFEST).exists():
-        storage.write_json(folder / PARTIAL, dataclasses.asdict(contents))
-        with storage.writing(folder / MANIFEST):
-            (folder / MANIFEST).unlink(missing_ok=True)
 
 
 def _known(folder: AnyPath, file: int) -> FileInfo | None:
