@@ -18,7 +18,7 @@
 #   REPLACEMENTS=100          TPUs it asks for after the first one
 #   PAUSE=30                  seconds between looks at the TPU's state, and before a restart
 #   VERSIONS=FILE             of the packages, so that a replaced TPU gets what the first one got; written by the first install
-#                             (default: runs/$TPU.versions.txt). Remove it to upgrade
+#                             (default: runs/$TPU.versions.txt). Remove it when requirements.txt asks for others
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${TPU:?is the name of the TPU}" "${ZONE:?is the zone}" "${TYPE:?is its type, as v6e-64}"
@@ -99,7 +99,7 @@ start+=" bash launch/host.sh tpu$(printf ' %q' "$@")"
 git archive --format=tar.gz --output="$scratch/deco_jax.tar.gz" HEAD
 to_all_hosts() { gcloud compute tpus tpu-vm scp "$1" "$TPU:$2" --zone="$ZONE" --worker=all; }
 prepare_hosts() {
-  if [[ -s $versions ]]; then to_all_hosts "$versions" versions.txt || return; fi
+  if [[ -s $versions ]]; then to_all_hosts "$versions" versions.txt || return; else on_all_hosts "rm -f versions.txt" || return; fi
   to_all_hosts "$scratch/deco_jax.tar.gz" "" && on_all_hosts "$prepare" || return
   if [[ ! -s $versions ]]; then
     node ssh --worker=0 --command="deco_jax/.venv/bin/python -m pip freeze --exclude-editable" >"$scratch/versions" || return

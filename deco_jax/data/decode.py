@@ -20,8 +20,6 @@ from deco_jax.errors import UsageError
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-# By what a file begins with. Not all that Pillow knows: it hands PostScript to another program.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
 TURNS = {  # EXIF's orientation: what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -40,7 +38,7 @@ def decode(content: bytes, orient: bool, background: str, min_side: int = 0) -> 
     0 to 1.
 
     Args:
-      content: of the file, in one of FORMATS, whatever its name ends with.
+      content: of the file, of any format that Pillow reads by itself, whatever its name ends with.
       orient: turn it as its EXIF orientation says.
       background: colour behind transparent pixels, as `ImageColor` reads it; "" = transparency is dropped.
       min_side: pixels along the short side that it must have.
@@ -61,9 +59,9 @@ def decode(content: bytes, orient: bool, background: str, min_side: int = 0) -> 
 
 @functools.cache
 def _known_formats() -> tuple[str, ...]:
-    """Those of FORMATS that this Pillow was built with."""
+    """All that Pillow reads, but for PostScript, which it hands to another program."""
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+    return tuple(name for name in Image.OPEN if name != "EPS")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -168,14 +168,15 @@ class LoadShare(grain.transforms.Map):
     def _candidates(self, index: int, place: int) -> Iterator[int]:
         """The record `index`, and those that may stand in for it: the ones after it, of which few are bad.
 
-        Where small images are skipped these may lie in long rows, after which one image would stand in for all; so
-        others are those of the order's places half an epoch later, which no other row of the batch has.
+        Where small images are skipped these may lie in long rows, after which one image would stand in for all. So the
+        others come from the order, half an epoch later, in steps of a batch: no two rows of a batch have a place in
+        common.
         """
         number = len(self.source)
         if not self.min_side:
             return ((index + skipped) % number for skipped in range(number))
-        others = range(place + number // 2, place + number // 2 + min(2 * number, MOST_SMALL))  # 2: a whole epoch
-        return itertools.chain([index], (int(self.order[other]) for other in others))
+        tries, later = min(MOST_SMALL, 100 * number), place + number // 2
+        return itertools.chain([index], (int(self.order[later + k * self.batch_size]) for k in range(tries)))
 
 
 def crop_offset(seed: int, place: int) -> float:

@@ -20,12 +20,13 @@ import threading
 from typing import Any
 
 import numpy as np
+from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader
 from ml_collections import ConfigDict
 
 from deco_jax import storage
 from deco_jax.conditions import ClassLabels
-from deco_jax.data.decode import check_centred, check_every_size
+from deco_jax.data.decode import check_centred
 from deco_jax.data.reading import file_size, read_bytes
 from deco_jax.data.records import Record, first_of, images_line
 from deco_jax.errors import UsageError
@@ -284,7 +285,8 @@ class Prepared:
 def _check_fits(where: str, contents: Contents, config: ConfigDict) -> None:
     """Raises UsageError if the images are not what a run of `config` would make of the source."""
     check_centred(config.crop, where)
-    check_every_size(config.min_side, where)
+    if config.min_side:  # no error, as older versions took no notice of it
+        logging.warning("data.min_side=%d does nothing: %s has the crops of all images.", config.min_side, where)
     for name, there, here in (("crop", contents.crop, CROP), ("codec", contents.codec, CODEC)):
         if there != here:
             raise UsageError(f"{where} was prepared with {name}={there!r}; this deco_jax reads {here!r}.")

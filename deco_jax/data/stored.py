@@ -71,6 +71,10 @@ class Contents:
 C = TypeVar("C", bound=Contents)
 
 
+class Damaged(UsageError):
+    """A file has another header or size than it must have."""
+
+
 def array_file(kind: str, folder: AnyPath, file: int) -> AnyPath:
     """Where file number `file` lies."""
     return folder / f"{kind}-{file:05d}.npy"
@@ -168,24 +172,36 @@ class Stored(Generic[C]):
 
 
 def check_file(folder: AnyPath, file: int, contents: Contents) -> int:
-    """The byte at which the numbers of a file begin; UsageError if its header or size is not what it must be."""
+    """The byte at which the numbers of a file begin.
+
+    Raises:
+      Damaged: its header or size is not what it must be, or it is not there.
+      UsageError: it may not be read.
+    """
     path, shape, expected = array_file(contents.kind, folder, file), contents.shape(file), stored_as(contents.dtype)
+    anew = f"This makes it anew: {_command(folder, contents)}"
     try:
-        stream = io.BytesIO(read_bytes(str(path), 0, LONGEST_HEADER))
+        content, size = read_bytes(str(path), 0, LONGEST_HEADER), file_size(str(path))
+    except FileNotFoundError as error:
+        raise Damaged(f"{path} is not there. {anew}") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error}). {anew}") from error
+    try:
+        stream = io.BytesIO(content)
         if (version := np.lib.format.read_magic(stream)) != (1, 0):
             raise ValueError(f"version {version} of the format")
         with _PARSING:
             there, _, dtype = np.lib.format.read_array_header_1_0(stream)
-        start, size = stream.tell(), file_size(str(path))
+        start = stream.tell()
         if there != shape or dtype != expected:
             problem = f"holds {there} {dtype}, not {shape} {expected}"
         elif size != start + math.prod(shape) * dtype.itemsize:
             problem = f"has {size} bytes, not what its header says"
         else:
             return start
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         problem = f"cannot be read ({error})"
-    raise UsageError(f"{path} {problem}. This makes it anew: {_command(folder, contents)}")
+    raise Damaged(f"{path} {problem}. {anew}")
 
 
 def open_contents(kind: type[C], value: str, source: Source) -> tuple[AnyPath, C, bool]:

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-LONGEST = 2**16  # pixels of the long side when the short one has `size`; a line of pixels could take gigabytes
+MOST_PIXELS = 2**27  # of an image that was enlarged so far that its short side has `size`: 400 MB
 
 
 def square_crop(image: Image.Image, size: int, offset: float | None = None) -> np.ndarray:
@@ -14,9 +14,9 @@ def square_crop(image: Image.Image, size: int, offset: float | None = None) -> n
     upper end, just below 1 the other one, and each place in whole pixels has an equal share. No flip.
 
     Raises:
-      ValueError: it is so thin that its long side would then have more than 65,536 pixels.
+      ValueError: it is so thin that it would be enlarged to more than 134 million pixels.
     """
-    if max(image.size) * size > LONGEST * min(image.size):
+    if max(image.size) * size**2 > MOST_PIXELS * min(image.size):
         raise ValueError(f"{image.width}×{image.height} pixels are too thin for a square of {size}")
     if image.mode != "RGB":  # converting would copy it
         image = image.convert("RGB")

@@ -204,7 +204,7 @@ class DeCo(nn.Module):
         x = noise.to(self.device, torch.float32)
         times = torch.arange(steps + 1, dtype=torch.float64) / steps
         times = times / (times + (1 - times) * shift)
-        starts = torch.linspace(0, 1 - 1 / steps, steps)  # fp32, whose last bit decides at a bound of the interval
+        starts = torch.linspace(0, 1 - 1 / steps, steps, dtype=torch.float32)  # its last bit decides at a bound
         starts = starts / (starts + (1 - starts) * shift)
         low, high = torch.tensor(guidance_interval, dtype=torch.float32)
         slopes: deque[Tensor] = deque(maxlen=ORDERS[solver])  # the newest first

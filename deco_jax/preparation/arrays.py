@@ -8,7 +8,7 @@ import dataclasses
 import datetime
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -19,6 +19,7 @@ from deco_jax.data.pipeline import BadRecords, Batch, read_ahead
 from deco_jax.data.records import Source
 from deco_jax.data.stored import (
     Contents,
+    Damaged,
     about_file,
     array_file,
     bad_file,
@@ -76,13 +77,13 @@ def prepare(out: str, part: str | None, open_work: Callable[[AnyPath], Work]) ->
         others = processes.agree(lambda: _set_aside_damaged(job, contents))
 
         def missing() -> list[int]:
-            return sorted({*missing_files(job.folder, contents), *others})
+            return sorted({*missing_files(job.folder, contents), *_damaged(job.folder, contents, others)})
 
         done = about_file(contents.kind, job.folder).exists() and not missing()
         if set(processes.allgather(str(done))) == {"True"}:  # another one may just have set a file aside
             job.say(f"{job.folder} is done: it holds the {contents.kind} of all {contents.records:,} records.")
             return
-        if job.first:
+        if job.first and missing():  # another part may just have mended it
             whole, partial = (about_file(contents.kind, job.folder, complete) for complete in (True, False))
             reopen(whole, partial, contents)
         job.say("\n".join([*work.source.summary(), _summary(contents, len(missing()))]))
@@ -124,8 +125,11 @@ def _begin(job: Job, contents: Contents) -> None:
         storage.write_json(about_file(contents.kind, job.folder, complete=False), dataclasses.asdict(contents))
 
 
-def _is_of(folder: AnyPath, contents: Contents) -> bool:
-    """Whether the folder holds such numbers, and says that they are those; UsageError if others, or it does not say."""
+def _is_of(folder: AnyPath, contents: Contents, damaged: bool = False) -> bool:
+    """Whether the folder holds such numbers, and says that they are those; UsageError if others, or it does not say.
+
+    Not all of them, if files are missing or `damaged`.
+    """
     kind = contents.kind
     with storage.reading(folder):
         said = read_contents(type(contents), folder)
@@ -134,7 +138,7 @@ def _is_of(folder: AnyPath, contents: Contents) -> bool:
             raise UsageError(f"--out={folder} holds {kind}, and nothing that says of what; choose another folder.")
         return False
     there, _, complete = said
-    different = contents.differences(there, complete and not missing_files(folder, contents))
+    different = contents.differences(there, complete and not damaged and not missing_files(folder, contents))
     if different:
         told = "; ".join(different)
         raise UsageError(f"--out={folder} holds {kind} of something else: {told}. Choose another folder.")
@@ -143,22 +147,29 @@ def _is_of(folder: AnyPath, contents: Contents) -> bool:
 
 def _set_aside_damaged(job: Job, contents: Contents) -> list[int]:
     """Renames this worker's damaged files, so that they are missing; returns those of other parts that are damaged."""
-
-    def is_damaged(file: int) -> bool:
-        try:
-            check_file(job.folder, file, contents)
-        except UsageError:
-            return True
-        return False
-
     there = sorted(set(range(contents.files)) - set(missing_files(job.folder, contents)))
     looked_at = [*job.share(there), *(file for file in there if not job.is_mine(file))]
-    damaged = [file for file, bad in zip(looked_at, of_each(is_damaged, looked_at), strict=True) if bad]
+    damaged = _damaged(job.folder, contents, looked_at)
+    if damaged:
+        _is_of(job.folder, contents, damaged=True)
     for file in filter(job.is_mine, damaged):
         set_aside(array_file(contents.kind, job.folder, file))
     others = [file for file in damaged if not job.is_mine(file)]
     report_others(job, others, lambda file: array_file(contents.kind, job.folder, file).name)
     return others
+
+
+def _damaged(folder: AnyPath, contents: Contents, files: Sequence[int]) -> list[int]:
+    """Those of the files that have not the header and size that they must have, or are not there."""
+
+    def is_damaged(file: int) -> bool:
+        try:
+            check_file(folder, file, contents)
+        except Damaged:
+            return True
+        return False
+
+    return [file for file, bad in zip(files, of_each(is_damaged, files), strict=True) if bad]
 
 
 # --- the numbers
@@ -227,20 +238,23 @@ def _write_file(
     """One file, from as many batches as it takes; what is unreadable in it is written first. Stopped: none."""
     shape, dtype, unreadable = contents.shape(number), stored_as(contents.dtype), []
     missing = shape[0]
-    with storage.write_beside(path) as draft, storage.writing(path), draft.open("wb") as file:
+    with storage.write_beside(path) as draft, draft.open("wb") as file:
         header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
+        with storage.writing(path):
+            np.lib.format.write_array_header_1_0(file, header)
         while missing > 0:
             stop.check()
             numbers_BxNxF, bad_B = next(computed)
             bad.check(bad_B)
             unreadable += bad_B[bad_B >= 0].tolist()
             rows = min(missing, len(numbers_BxNxF))
-            file.write(numbers_BxNxF[:rows].astype(contents.dtype, copy=False).view(dtype))
+            with storage.writing(path):
+                file.write(numbers_BxNxF[:rows].astype(contents.dtype, copy=False).view(dtype))
             progress.update(progress.done + rows)
             missing -= rows
-        file.flush()
-        os.fsync(file.fileno())
+        with storage.writing(path):  # some network folders tell only now that they are full
+            file.flush()
+            os.fsync(file.fileno())
         bad_file(path).unlink(missing_ok=True)
         if unreadable:
             storage.write_json(bad_file(path), unreadable)

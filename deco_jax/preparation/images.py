@@ -91,13 +91,13 @@ def prepare_images(
             return
 
         def missing() -> list[int]:
-            return sorted({*missing_files(job.folder, contents), *others})
+            return sorted({*missing_files(job.folder, contents), *_damaged(job.folder, others)})
 
         done = (job.folder / MANIFEST).exists() and not missing()
         if set(processes.allgather(str(done))) == {"True"}:  # another one may just have set a file aside
             job.say(_done(job.folder, out, contents))
             return
-        if job.first:
+        if job.first and missing():  # another part may just have mended it
             reopen(job.folder / MANIFEST, job.folder / PARTIAL, contents)
         job.say("\n".join([*source.summary(), _plan(job, contents, missing())]))
         _write_files(job, config, source, contents, batch_size)
@@ -210,15 +210,25 @@ def _set_aside_damaged(job: Job, contents: Contents, verify: bool) -> None:
 
 def _damaged_of_others(job: Job, contents: Contents) -> list[int]:
     """Files of other parts that have another size than they must have."""
-    files = [file for file in _there(job.folder, contents) if not job.is_mine(file)]
-    known = of_each(lambda file: _known(job.folder, file), files)
-    damaged = [file for file, info in zip(files, known, strict=True) if info is None]
+    damaged = _damaged(job.folder, [file for file in _there(job.folder, contents) if not job.is_mine(file)])
     report_others(job, damaged, lambda file: images_file(job.folder, file).name)
     return damaged
 
 
-def _known(folder: AnyPath, file: int) -> FileInfo | None:
-    """What is known of a file; None if it has another size, or nothing is known."""
+def _damaged(folder: AnyPath, files: list[int]) -> list[int]:
+    """Those of the files that have another size than they must have, or of which nothing is known."""
+    known = of_each(lambda file: _known(folder, file, mend=False), files)
+    return [file for file, info in zip(files, known, strict=True) if info is None]
+
+
+def _known(folder: AnyPath, file: int, mend: bool = True) -> FileInfo | None:
+    """What is known of a file; None if it has another size, or nothing is known.
+
+    Args:
+      folder: with the images.
+      file: its number.
+      mend: write beside the file what only the manifest knows.
+    """
     try:
         known = read_info(folder, file)
     except UsageError as error:  # which the manifest may make good
@@ -227,8 +237,12 @@ def _known(folder: AnyPath, file: int) -> FileInfo | None:
             say(f"{error}")
             return None
         known = manifest.files[file]
-        storage.write_json(info_file(folder, file), dataclasses.asdict(known))
-    return known if file_size(str(images_file(folder, file))) == known.bytes else None
+        if mend:
+            storage.write_json(info_file(folder, file), dataclasses.asdict(known))
+    try:
+        return known if file_size(str(images_file(folder, file))) == known.bytes else None
+    except FileNotFoundError:  # another part has just set it aside
+        return None
 
 
 def _there(folder: AnyPath, contents: Contents) -> list[int]:
@@ -325,22 +339,23 @@ def _write_together(
 def _file_writer(folder: AnyPath, file: int, source: Source) -> Iterator[Callable[[Batch], None]]:
     """Within it, what writes a batch to the file; at its end, what is known of the file, and then it has its name."""
     path, unreadable = images_file(folder, file), {}
-    with storage.write_beside(path) as draft, storage.writing(path):
-        writer = ArrayRecordWriter(str(draft), WRITING)
+    with storage.write_beside(path) as draft:
+        with storage.writing(path), _full_disk_said():
+            writer = ArrayRecordWriter(str(draft), WRITING)
 
         def write(batch: Batch) -> None:
             for image, label, number in zip(batch["image"], batch["label"], batch["bad"].tolist(), strict=True):
                 if number >= 0:
                     unreadable[str(number)] = source.describe(number)
-                with _full_disk_said():
+                with storage.writing(path), _full_disk_said():
                     writer.write(b"" if number >= 0 else label.astype("<i4").tobytes() + image.tobytes())
 
         try:
             yield write
         finally:
-            with _full_disk_said():
+            with storage.writing(path), _full_disk_said():
                 writer.close()
-        with draft.open("rb") as written:
+        with storage.writing(path), draft.open("rb") as written:
             os.fsync(written.fileno())  # ArrayRecord does not
         info = FileInfo(draft.stat().st_size, _sha256(draft), unreadable)
         storage.write_json(info_file(folder, file), dataclasses.asdict(info))

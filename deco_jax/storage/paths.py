@@ -13,6 +13,7 @@ import pathlib
 from etils import epath
 
 from deco_jax.errors import UsageError
+from deco_jax.storage.retry import is_transient
 
 AnyPath = pathlib.Path | epath.Path
 LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme of an address: what reads it
@@ -68,6 +69,8 @@ def to_folder(option: str, name: str) -> AnyPath:
         try:
             is_other = folder.exists() and not folder.is_dir()
         except OSError as error:
+            if is_transient(error):
+                raise
             raise UsageError(f"{option}={name} cannot be looked at: {error}.") from error
         if is_other:
             raise UsageError(f"{option}={name} is no folder.")

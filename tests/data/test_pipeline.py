@@ -47,7 +47,7 @@ class Numbers:
             raise TooSmall(f"{index} is small")
         if index in self.unreadable:
             raise OSError(f"{index} is broken")
-        return {"image": np.full((2, 2, 3), index, np.uint8), "label": np.int32(index)}
+        return {"image": np.full((2, 2, 3), index % 256, np.uint8), "label": np.int32(index)}
 
     def describe(self, index):
         return f"number {index}"
@@ -470,10 +470,17 @@ def test_a_row_of_small_images_is_not_all_shown_as_one():
     assert_equal(take(1, config, source, start=7)[0], take(8, config, source)[7])
 
 
+def test_images_that_stand_in_for_small_ones_differ_within_a_batch():
+    small = frozenset(np.flatnonzero(np.random.default_rng(0).random(20_000) < 0.7).tolist())
+    source, config = Numbers(size=20_000, small=small), data_config(min_side=9, threads=1, batch_size=64)
+    repeated = [64 - len(set(batch["label"].tolist())) for batch in take(40, config, source)]
+    assert sum(repeated) <= 10, "as often as chance has it: 2,560 of 6,000 large images, drawn in 40 batches"
+
+
 def test_nothing_but_small_images_ends_the_search(monkeypatch):
     """A slip in one number: it is said after so many, not after all of a million."""
     source, config = Numbers(small=frozenset(range(90))), data_config(min_side=9, threads=1)
-    with pytest.raises(UsageError, match="Of 181 records in a row none can be taken, 181 of them being too small"):
+    with pytest.raises(UsageError, match="Of 9001 records in a row none can be taken, 9001 of them being too small"):
         take(1, config, source)
     source.small, source.loads = source.small - {77}, 0
     assert set(labels(take(1, config, source))) == {77}, "one is enough"

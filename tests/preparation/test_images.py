@@ -513,3 +513,25 @@ def test_two_processes_of_two_parts(config, start, tmp_path):
     assert [code for code, _ in ends] == [0] * 4, ends
     prepare_images(config, str(tmp_path / "one"), 2)
     assert contents_of(tmp_path / "out") == contents_of(tmp_path / "one")
+
+
+def test_parts_that_mend_at_the_same_time_complete_the_folder(config, tmp_path, monkeypatch, capsys):
+    """What part 1 saw as damaged, part 0 has made anew and the folder complete, while part 1 was still comparing."""
+    prepare_images(config, str(tmp_path), 5)
+    before, real, inner = contents_of(tmp_path), prepare._set_aside_damaged, []
+    for file in (0, 1):
+        images_file(tmp_path, file).write_bytes(before[f"images-0000{file}.array_record"][:-10])
+
+    def slow(job, contents, verify):
+        if not inner:
+            inner.append(job.part)
+            prepare_images(config, str(tmp_path), 5, part="0/2")
+            assert not (tmp_path / "images.json").exists(), "file 1 is damaged"
+        real(job, contents, verify)
+
+    monkeypatch.setattr(prepare, "_set_aside_damaged", slow)
+    prepare_images(config, str(tmp_path), 5, part="1/2")
+    assert inner == [(1, 2)]
+    assert "shards of others" not in capsys.readouterr().out.splitlines()[-1]
+    after = contents_of(tmp_path)
+    assert {name: after[name] for name in before} == before

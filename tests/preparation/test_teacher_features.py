@@ -206,6 +206,32 @@ def test_a_folder_that_is_mended_says_so_only_at_the_end(config, tmp_path, monke
     assert not about_file("features", tmp_path).exists() and about_file("features", tmp_path, False).exists()
 
 
+def test_an_error_of_the_computation_is_not_one_of_the_disk(config, tmp_path, monkeypatch):
+    """A device that is lost may be there at the next start; a disk that is full is the user's to mend."""
+
+    def lost(*args):
+        raise OSError("the device is lost")
+        yield
+
+    monkeypatch.setattr(arrays, "_compute", lost)
+    with pytest.raises(OSError, match="^the device is lost$"):
+        prepare_teacher(config, str(tmp_path), batch_size=8)
+
+
+def test_features_of_the_oldest_format_are_not_mixed_with_others(config, tmp_path):
+    """It does not say how its images were decoded; a file that was cut off is left where it is."""
+    prepare_teacher(config, str(tmp_path), batch_size=8)
+    fields = json.loads(about_file("features", tmp_path).read_text())
+    del fields["decoding"]
+    about_file("features", tmp_path).write_text(json.dumps(fields))
+    path = array_file("features", tmp_path, 1)
+    path.write_bytes(path.read_bytes()[:-1])
+    before = files_of(tmp_path)
+    with pytest.raises(UsageError, match="holds features of something else: decoding"):
+        prepare_teacher(config, str(tmp_path), batch_size=8)
+    assert files_of(tmp_path) == before
+
+
 def test_a_folder_among_the_classes_is_refused(config, tmp_path):
     """It would be a class without images, which stops the next start, and every run on these data."""
     config.data.update(source="folder", path=str(tmp_path))
