@@ -13,7 +13,7 @@ seed by seed, with Student's 95 % interval of the mean:
 
 - the Fréchet distance to the training images (there are no others: the sets are small), see judge.py;
 - for digits, the share that a classifier takes for the digit that was asked for;
-- the share that looks copied from a training image (judge.py; to be seen beside that of real images);
+- the share that repeats a training image (judge.py);
 - the spectra of tokens and velocity (deco_jax/evaluation/spectra.py): their last bin by the paper's measure and, as its
   logarithm depends on the tokens' scale, the plain share of fine detail in the energy; drawn for the first seed.
 

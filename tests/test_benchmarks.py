@@ -97,14 +97,14 @@ def test_differences_are_paired_by_seed(small_runs):
 
 def test_copies_are_told_from_new_images(small_runs):
     share_copied = importlib.import_module("judge").share_copied
-    real = np.array([[0.0, 0.0], [4.0, 0.0], [0.0, 9.0]])  # the nearest others are 4, 4 and 9 away
-    drawn = np.array([[0.0, 0.0], [0.0, -3.9], [0.0, -4.1], [8.1, 0.0], [0.0, 17.0], [0.0, 19.0]])
-    assert share_copied(drawn, real) == 3 / 6  # the first two, and the fifth: 8 from the third photo
-    assert share_copied(real, real) == 1.0
     rng = np.random.default_rng(0)
-    halves = rng.normal(size=(2, 400, 20))
-    assert share_copied(halves[0] + 1e-3, halves[0]) == 1.0
-    assert share_copied(*halves) < 0.5
+    real, new = rng.integers(0, 256, (2, 20, 8, 8, 3)).astype(np.uint8)
+    real[1] = real[0]  # as data sets have them
+    noisy = np.clip(real[:4] + rng.normal(0, 20, real[:4].shape), 0, 255).astype(np.uint8)
+    assert share_copied(new, real) == 0
+    assert share_copied(np.concatenate([noisy, new[:12]]), real) == 4 / 16
+    grey = np.full((3, 8, 8, 3), 127, np.uint8)  # near to all, and no copy of any
+    assert share_copied(grey, real) == 0
 
 
 def test_every_training_has_a_workdir_of_its_own(small_runs, tmp_path):

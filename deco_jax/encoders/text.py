@@ -114,6 +114,7 @@ class EmptyPrompt(nn.Module):
 
     tokens: int  # L
     width: int  # E
+    dtype: jnp.dtype = jnp.bfloat16  # in which its states are kept on a device
 
     @nn.compact
     def __call__(self, given: tuple[Array, Array]) -> Array:
@@ -130,7 +131,7 @@ def stored_text(config: ConfigDict) -> Frozen:
     return Frozen(
         name="text",
         purpose=f"told the states in {config.text.stored}",
-        module=EmptyPrompt(length, width),
+        module=EmptyPrompt(length, width, jnp.dtype(config.model.dtype)),
         writes="text",
         example=(jax.ShapeDtypeStruct((1, length, width), dtype), jax.ShapeDtypeStruct((1,), bool)),
         prepare=lambda batch: (batch["text"], batch["dropped"]),

@@ -144,7 +144,7 @@ def test_damaged_or_incomplete(config, tmp_path):
         (whole.replace(b"<u2", b"<f2"), r"holds \(4, 3, 8\) float16, not \(4, 3, 8\) uint16"),
     ):
         path.write_bytes(content)
-        with pytest.raises(UsageError, match=f"states-00001.npy .*{message}.* run again: {command}"):
+        with pytest.raises(UsageError, match=f"states-00001.npy .*{message}.* This makes it anew: {command}"):
             open_states(config, Numbers())
     path.unlink()
     with pytest.raises(UsageError, match=f"is incomplete: 1 of 3 files are missing. This goes on with them: {command}"):

