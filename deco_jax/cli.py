@@ -394,7 +394,7 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument("--format", dest="kind", metavar="FORMAT", help=text)
     parser.add_argument("--weights", default="ema", help="ema or online, for formats with one set (default: ema)")
     parser.add_argument("--train-state", action="store_true", help="also optimiser, step and projector, to train on")
-    text = "with --train-state: to train without REPA"
+    text = "with --train-state, or to a .ckpt: to train without REPA"
     parser.add_argument("--without-projector", dest="projector", action="store_false", help=text)
     parser.add_argument("--image-size", type=int, help="it was trained on, if SRC does not say (default: 256)")
     parser.add_argument("--prediction", help="velocity or image, if SRC does not say")

@@ -247,7 +247,10 @@ def find_checkpoint(path: str) -> tuple[AnyPath, int]:
                 raise UsageError(f"{path} is damaged: {problem}. Name another checkpoint.")
             return given.parent, int(given.name)
         what = "holds no finished checkpoint" if retried(f"reading {given}", given.exists) else "does not exist"
-    raise UsageError(f"{path} {what}; expected a workdir of `deco train` or one of its checkpoints/<step>.")
+    raise UsageError(
+        f"{path} {what}; expected a workdir of `deco train`, one of its checkpoints/<step>, or a file or Hugging Face "
+        "folder of weights."
+    )
 
 
 def _newest_whole(folder: AnyPath, steps: list[int]) -> int:

@@ -30,7 +30,7 @@ from deco_jax.jobs import Job, open_job
 from deco_jax.metrics.references import Reference, read_reference
 from deco_jax.metrics.scores import Scores, warnings_for
 from deco_jax.parallel import processes
-from deco_jax.pretrained.load import open_pretrained
+from deco_jax.pretrained.load import as_now, open_pretrained
 from deco_jax.sampling.settings import Sampling, parse_image_size
 from deco_jax.storage import AnyPath
 from deco_jax.version import __version__
@@ -238,6 +238,7 @@ def _look_at(job: Job, asked: dict[str, Any]) -> str:
     except ValueError as error:
         what = f"{min(made)}, and no {EVALUATION} that says of what"
         raise UsageError(f"{job.name} holds {what}; choose another folder.") from error
+    there = as_now(there, asked)
     different = [
         f"{key}: {there.get(key)} there, {asked.get(key)} here"
         for key in dict.fromkeys([*there, *asked])

@@ -24,7 +24,7 @@ from deco_jax.generation.batches import generate, make_conditions, noise_batches
 from deco_jax.generation.prompts import open_encoder, warnings_of
 from deco_jax.generation.requests import Asked, read_requests
 from deco_jax.parallel import mesh as meshes
-from deco_jax.pretrained.load import Pretrained, open_pretrained
+from deco_jax.pretrained.load import Pretrained, as_now, open_pretrained
 from deco_jax.sampling.pictures import make_grid, save_gif, save_png
 from deco_jax.sampling.sample import image_keys, sample
 from deco_jax.sampling.settings import Sampling, check_image_size, parse_image_size
@@ -108,7 +108,8 @@ def generate_to_folder(
     chosen, away, num = list(wanted.labels), wanted.negative, wanted.num
     folder = check_folder(out, num, batch_size, seed)
     encoder = open_encoder(found, text_encoder) if wanted.prompts else None
-    how = {"source": str(found), "weights": weights, "dtype": found.config.model.dtype, "seed": seed}
+    how = {"source": str(found), "fingerprint": found.fingerprint, "weights": weights}
+    how |= {"dtype": found.config.model.dtype, "seed": seed}
     how |= {"labels": chosen, "negative": away, "image_size": size, **dataclasses.asdict(settings)}
     how |= {} if encoder is None else {"text_encoder_digest": encoder.weights.digest}
     done = _kept(folder, out, how, overwrite)
@@ -230,6 +231,7 @@ def _check_same(out: str, text: str, how: dict[str, Any]) -> None:
     if there:  # up to version 0.1.0 all images were square, and none had a negative label
         side = there.get("image_size")
         there = {"negative": None} | there | {"image_size": [side, side] if isinstance(side, int) else side}
+        there = as_now(there, here)
     different = [
         f"{name}: {there.get(name)} there, {here[name]} here" for name in here if there.get(name) != here[name]
     ]

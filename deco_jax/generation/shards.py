@@ -39,6 +39,7 @@ from deco_jax.jobs import Job, Progress, find_part, open_job
 from deco_jax.jobs.job import GO_ON, WHOLE
 from deco_jax.parallel import mesh as meshes
 from deco_jax.parallel import processes
+from deco_jax.pretrained.load import as_now
 from deco_jax.storage import AnyPath
 
 SETTINGS, OTHER = "generation.json", "choose another folder"
@@ -173,6 +174,7 @@ def _is_of(job: Job, how: dict[str, Any]) -> bool:
     except ValueError as error:
         raise UsageError(f"{job.folder / SETTINGS} is damaged ({error}); {OTHER}.") from error
     here = json.loads(json.dumps(how))
+    there = as_now(there, here)
     different = [f"{key}: {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]]
     if different and not images and job.part == WHOLE:  # nothing is drawn yet, and nobody else is about to
         return False

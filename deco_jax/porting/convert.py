@@ -23,7 +23,7 @@ from deco_jax.training.state import TrainState
 from deco_jax.version import __version__
 
 # What is in the folders that are written here.
-CONVERTED = {store.FOLDER, "config.json", "model.safetensors", "README.md", *diffusers_files(0)} | {"transformer"}
+CONVERTED = {store.FOLDER, "config.json", "model.safetensors", "README.md", *diffusers_files(0)}
 ENDINGS = {".safetensors": "safetensors", ".ckpt": "ckpt", ".pt": "pt", ".pth": "pt"}  # of files, and what is in them
 
 
@@ -47,7 +47,7 @@ def convert(
       kind: one of WRITERS; as the target's ending says unless given, a checkpoint for a name without one.
       weights: which of the two a safetensors file, a .pt or a Hugging Face folder gets: ema or online.
       train_state: carry the optimiser's moments, the step and the projector as well, so that training goes on.
-      projector: with train_state; False leaves it out, for training on without representation alignment.
+      projector: of train_state, and of every .ckpt; False leaves it out, to go on without representation alignment.
       image_size: side of the images it was trained on, for sources that do not say (256 otherwise).
       prediction: what the network predicts, velocity or image, for sources that do not say.
       force: replace `target` if it is a file, or a folder that was made by converting.
@@ -63,11 +63,14 @@ def convert(
         raise UsageError(f"--train-state needs a checkpoint or .ckpt as target; {kind} holds one set of weights.")
     if image_size is not None and image_size < 1:
         raise UsageError(f"--image-size={image_size} must be 1 or more.")
-    _check_target(path, target, resolved(source), force)
+    with writing(path):
+        _check_target(path, target, resolved(source), force)
     if kind in ("ckpt", "pt"):
         moments.require_torch(f".{kind}")
     wanted = ("ema", "online") if kind in ("checkpoint", "ckpt") else (weights,)
     bundle = read(source, wanted, train_state, projector, prediction)
+    if not train_state and kind != "ckpt":  # a run that starts from weights makes its own
+        bundle.projector = None
     if kind != "checkpoint":
         folder.check_known_to_pytorch(bundle)
     if image_size is not None:
@@ -119,9 +122,25 @@ def _check_target(path: AnyPath, target: str, source: AnyPath, force: bool) -> N
         raise UsageError(f"{target} is a folder in a bucket, which --force does not replace; remove it first.")
     if source in path.parents or (source.suffix == ".json" and source.parent == path.parent):
         raise UsageError(f"{target} is a part of the source.")
-    strange = sorted({p.name for p in path.iterdir()} - CONVERTED) if path.is_dir() else []
-    if strange:
-        raise UsageError(f"{target} was not made by converting, as it holds {strange[0]}; --force does not replace it.")
+    if strange := _strange(path) if path.is_dir() else None:
+        raise UsageError(f"{target} was not made by converting, as it holds {strange}; --force does not replace it.")
+
+
+def _strange(folder: AnyPath) -> str | None:
+    """The first thing in a folder that converting would not have written there."""
+    for path in sorted(folder.iterdir()):
+        if path.name == store.FOLDER:
+            steps = list(path.iterdir())
+            converted = [store.is_complete(p) and "converted_from" in store.read_meta(path, int(p.name)) for p in steps]
+            if converted != [True]:
+                return f"{store.FOLDER} of a run, or of another tool" if steps else store.FOLDER
+        elif path.is_dir():
+            names = [f"{path.name}/{p.name}" for p in sorted(path.iterdir())]
+            if left := [name for name in names or [path.name] if name not in CONVERTED]:
+                return left[0]
+        elif path.name not in CONVERTED:
+            return path.name
+    return None
 
 
 def read(
@@ -137,15 +156,19 @@ def read(
     bundle = Bundle(config, origin=source, step=_step(stored), decisive=tuple(decisive), assumed=found.assumed)
     if train_state and not stored.file.rest.get("optimizer_states"):
         raise UsageError(f"{source} holds no optimiser state; convert it without --train-state.")
-    if len(wanted) == 1 or ("only" not in stored.networks and len(stored.sets) == 2):
+    unnamed = "only" in stored.networks and len(stored.sets) == 2
+    if len(wanted) == 1 or (not unnamed and len(stored.sets) == 2):
+        if unnamed:
+            print(f"{source} does not say whether its weights are an average; they are taken for {wanted[0]}.")
         for which in wanted:
             setattr(bundle, which, networks.read_network(stored, which, _bar(f"{which} weights")))
     else:
         print(f"{source} has one set of weights; it serves as EMA and online weights.")
         bundle.ema = bundle.online = networks.read_network(stored, stored.sets[0], _bar("weights"))
+    if projector and "projector" in stored.networks:
+        bundle.projector = networks.read_projector(stored)
     if train_state:
-        if projector and "projector" in stored.networks:
-            bundle.projector = networks.read_projector(stored)
+        if bundle.projector is not None:
             config.loss.alignment_weight = 0.5
             config.loss.alignment_layer = min(6 if config.model.kind == "deco_text" else 8, config.model.depth)
             config.loss.alignment_features = len(bundle.projector["out"]["bias"])
@@ -170,6 +193,8 @@ def _read_checkpoint(found: Pretrained, wanted: Collection[str], train_state: bo
         asked |= {"params": abstract.params, "opt_state": abstract.opt_state}
     elif "online" in wanted:
         asked["params"] = {"network": abstract.params["network"]}
+        if projector and found.has_projector:
+            asked["params"] = abstract.params
     part = jax.tree.map(np.asarray, found.restore(asked))
     params = part.get("params", {})
     bundle = Bundle(config, origin=source, step=step, ema=part.get("ema"), online=params.get("network"))
@@ -181,7 +206,8 @@ def _read_checkpoint(found: Pretrained, wanted: Collection[str], train_state: bo
         keep = ("network", "projector") if projector else ("network",)
         mu, nu = ({name: tree[name] for name in keep if name in tree} for tree in (adam.mu, adam.nu))
         bundle.moments = int(adam.count), mu, nu
-        bundle.projector = params.get("projector") if projector else None
+    if projector:
+        bundle.projector = params.get("projector")
     return bundle
 
 

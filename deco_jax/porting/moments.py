@@ -1,6 +1,7 @@
 """How does AdamW's state go between PyTorch's numbered parameters and optax's trees? And `.ckpt` and `.pt` files."""
 
 import itertools
+import math
 import pathlib
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from deco_jax.errors import UsageError
 from deco_jax.porting.bundle import Bundle
 from deco_jax.pretrained import names, networks
+from deco_jax.training.optimizer import learning_rate
 from deco_jax.weights import translate
 from deco_jax.weights.tensors import Tensor
 
@@ -31,7 +33,8 @@ def read(stored: networks.Stored, bundle: Bundle) -> None:
         if not all(isinstance(moment, Tensor) for moment in itertools.chain(*moments)):
             raise TypeError("moments that are no tensors")
         group, bundle.step = groups[0], int(stored.file.rest["global_step"])
-        settings = {key: float(group[key]) for key in ("lr", "eps", "weight_decay")}
+        settings = {key: float(group[key]) for key in ("eps", "weight_decay")}
+        settings["lr"] = float(group.get("initial_lr", group["lr"]))  # a schedule changes "lr"
         settings |= {"beta1": float(group["betas"][0]), "beta2": float(group["betas"][1])}
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise UsageError(f"{stored.path}: its optimizer_states are not those of AdamW ({error!r}).") from error
@@ -80,6 +83,7 @@ def write_ckpt(bundle: Bundle, path: pathlib.Path) -> None:
     content = {
         "epoch": 0,
         "global_step": bundle.step,
+        "loops": _loops(bundle.step),
         "pytorch-lightning_version": "2.4.0",
         **_about(bundle),
         "state_dict": {
@@ -91,6 +95,24 @@ def write_ckpt(bundle: Bundle, path: pathlib.Path) -> None:
         "optimizer_states": [] if bundle.moments is None else [_optimizer(bundle)],
     }
     torch.save(content, path)
+
+
+def _loops(step: int) -> dict[str, Any]:
+    """Where Lightning's trainer takes its step from: "global_step" it only reports."""
+    ready = {"ready": step, "completed": step}
+    started = ready | {"started": step}
+    optimizer = {
+        "step": {"total": ready, "current": ready},
+        "zero_grad": {"total": started, "current": started},
+    }
+    return {
+        "fit_loop": {
+            "state_dict": {},
+            "epoch_loop.state_dict": {"_batches_that_stepped": step},
+            "epoch_loop.automatic_optimization.state_dict": {},
+            "epoch_loop.automatic_optimization.optim_progress": {"optimizer": optimizer},
+        }
+    }
 
 
 def _tensors(table: dict[str, str], params: Any, prefix: str = "") -> dict[str, Any]:
@@ -114,7 +136,9 @@ def _optimizer(bundle: Bundle) -> dict[str, Any]:
         for number in range(len(first))
     }
     c, numbers = bundle.config.optimizer, list(state)
-    told = {"lr": c.lr, "betas": (c.beta1, c.beta2), "eps": c.eps, "weight_decay": c.weight_decay}
+    now = float(learning_rate(c, bundle.config.train.steps)(count))
+    rate = {"lr": c.lr} if math.isclose(now, c.lr, rel_tol=1e-6) else {"lr": now, "initial_lr": c.lr}
+    told = rate | {"betas": (c.beta1, c.beta2), "eps": c.eps, "weight_decay": c.weight_decay}
     told |= {"amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False}
     told |= {"fused": None, "decoupled_weight_decay": True}
     groups = [{**told, "params": numbers[: len(network[0])]}, {**told, "params": numbers[len(network[0]) :]}]

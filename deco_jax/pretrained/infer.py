@@ -7,6 +7,7 @@ from typing import Any
 from deco_jax.errors import UsageError
 from deco_jax.pretrained import names
 from deco_jax.weights import translate
+from deco_jax.weights.files import AVERAGES, LIGHTNINGS_ONLINE
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -37,7 +38,8 @@ BLOCKS = {
 # Of torch.compile, of DistributedDataParallel, and what people call a network or its state dict.
 WRAPPERS = ("_orig_mod", "module", "model", "state_dict", "network", "net", "params")
 NETWORKS = {"denoiser": "online", "ema_denoiser": "ema", "diffusion_trainer": "projector"}
-NETWORKS |= dict.fromkeys(("ema", "model_ema", "ema_state_dict", "params_ema"), "ema")
+NETWORKS |= dict.fromkeys(AVERAGES, "ema") | dict.fromkeys((LIGHTNINGS_ONLINE, "online_model"), "online")
+COUNTERS = ("n_averaged", "initted", "step")  # of those who average: torch.optim.swa_utils, ema_pytorch
 
 
 def split_networks(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -54,6 +56,8 @@ def split_networks(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         parts = [part for part in name.split(".") if part not in WRAPPERS]
         network = NETWORKS.get(parts[0], "only") if parts else "only"
         short = ".".join(parts if network == "only" else parts[1:])
+        if short in COUNTERS and math.prod(tensor.shape) == 1:
+            continue
         if short in found.setdefault(network, {}):
             raise UsageError(f"{name} and another tensor are both {short} of the {network} network.")
         found[network][short] = tensor

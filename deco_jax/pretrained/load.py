@@ -25,7 +25,8 @@ from deco_jax.weights.tensors import naming
 from deco_jax.weights.translate import check_finite
 
 Dtype = Literal["bfloat16", "float32"]
-SMALL = 2**16  # numbers of a tensor that a fingerprint reads
+SMALL = 2**16  # numbers of a tensor that a fingerprint reads whole
+ROWS = 8  # of a larger one
 
 
 def load_pretrained(
@@ -38,9 +39,9 @@ def load_pretrained(
 
     Args:
       path: a workdir of `deco train` (its newest checkpoint), `workdir/checkpoints/<step>`, an upstream Lightning
-        `.ckpt`, a PyTorch state dict (`.pt`, `.pth`), `.safetensors`, an index of several of these, or a Hugging Face
-        folder; on this machine or in a bucket (gs://…). Neither torch nor any code in a file is used
-        (docs/security.md).
+        `.ckpt`, a PyTorch state dict (`.pt`, `.pth`), `.safetensors`, an index of several of these, a Hugging Face
+        folder, or one of a whole diffusers pipeline; on this machine or in a bucket (gs://…). Neither torch nor any
+        code in a file is used (docs/security.md).
       weights: the moving average, or the weights that were being trained; the same where a file does not
         say which it holds.
       prediction: what the network predicts, for files that do not say. Ours do; others are taken for velocity, but
@@ -114,11 +115,12 @@ class Pretrained:
 
     @property
     def fingerprint(self) -> str:
-        """Tells other weights in the same place apart without reading them all: 16 hexadecimal digits.
+        """Tells other weights in the same place apart without reading them all, in hexadecimal digits.
 
-        Of a file it is a hash of its small tensors, of a checkpoint one of its checksums.
+        Of a checkpoint it is a hash of its checksums, 16 digits; of a file one of its small tensors, and after that
+        16 digits of some rows of the large ones.
         """
-        digest = hashlib.sha256()
+        digest, large = hashlib.sha256(), hashlib.sha256()
         if self.checkpoint is not None:
             folder = self.checkpoint[0] / str(self.checkpoint[1])
             for path in sorted([folder / "_CHECKPOINT_METADATA", *folder.glob("checksums.*.json")]):
@@ -130,7 +132,10 @@ class Pretrained:
                 digest.update(f"{which} {name} {tuple(tensor.shape)}".encode())
                 if math.prod(tensor.shape) <= SMALL:
                     digest.update(np.ascontiguousarray(tensor.numpy()).view(np.uint8))
-        return digest.hexdigest()[:16]
+                else:
+                    for row in np.linspace(0, tensor.shape[0] - 1, ROWS, dtype=int):
+                        large.update(np.ascontiguousarray(tensor.row(int(row)).numpy()).view(np.uint8))
+        return digest.hexdigest()[:16] + large.hexdigest()[:16]
 
     def check_set(self, weights: str) -> None:
         """Raises UsageError if there are no such `weights`."""
@@ -169,12 +174,22 @@ class Pretrained:
         return part
 
 
+def as_now(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+    """Settings that a folder of results keeps, with the fingerprint as `here` where an older version knew less of it.
+
+    Those of files had no rows of large tensors then; those of pictures were not kept.
+    """
+    old, new = str(there.get("fingerprint") or ""), here.get("fingerprint", "")
+    return there | {"fingerprint": new} if new and len(old) in (0, 16) and new.startswith(old) else there
+
+
 def open_pretrained(path: str, prediction: str | None = None, dtype: str | None = None) -> Pretrained:
     """Finds a trained network, and says what is known of it; arguments as in `load_pretrained`.
 
     Raises:
       UsageError: there is none, or it is another one than is said.
     """
+    path = networks.within_pipeline(path)
     if networks.is_weight_file(path):
         stored = networks.open_networks(path, prediction)
         config = networks.run_config(stored)

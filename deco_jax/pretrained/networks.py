@@ -74,6 +74,18 @@ def is_weight_file(path: str | os.PathLike) -> bool:
         return retried(f"reading {given}", look)
 
 
+def within_pipeline(path: str) -> str:
+    """`path`, or its transformer/ if it is a folder that diffusers' `save_pretrained` made of a whole pipeline."""
+    given = to_path(path)
+
+    def look() -> bool:
+        return (given / "model_index.json").is_file() and (given / "transformer" / "config.json").is_file()
+
+    with reading(given):
+        whole = not is_weight_file(path) and retried(f"reading {given}", look)
+    return str(given / "transformer") if whole else path
+
+
 def open_networks(path: str | os.PathLike, prediction: str | None = None) -> Stored:
     """Looks into a file or Hugging Face folder: which networks, of which sizes. Reads no numbers.
 

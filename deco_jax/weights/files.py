@@ -5,6 +5,7 @@ a set of either with its `….index.json`, and a Hugging Face folder with any of
 only the tensors asked for are read; docs/security.md has the rules. What lies in a bucket is first copied to this host.
 """
 
+import collections
 import dataclasses
 import json
 import os
@@ -18,8 +19,9 @@ from deco_jax.weights.safetensors import MAX_HEADER, is_safetensors, read_safete
 from deco_jax.weights.tensors import MappedFile, Tensor, naming, short
 
 # Where training scripts put a state dict inside a checkpoint. Several of them can stand side by side.
-CONTAINERS = ("state_dict", "model", "module", "network", "net", "params")
-CONTAINERS += ("ema", "model_ema", "ema_state_dict", "params_ema")
+AVERAGES = ("ema", "model_ema", "ema_model", "ema_state_dict", "model_ema_state_dict", "state_dict_ema", "params_ema")
+CONTAINERS = ("state_dict", "model", "module", "network", "net", "params", *AVERAGES)
+LIGHTNINGS_ONLINE = "current_model_state"  # of its WeightAveraging, whose "state_dict" is then the average
 
 # What a Hugging Face folder calls its weights, most wanted first.
 _FOLDER_FILES = tuple(
@@ -36,7 +38,8 @@ class Weights:
 
     Attributes:
       tensors: name → tensor, in the file's order. Names are as in the file's state dict, wrappers and all; where a
-        file has several state dicts (`model` and `ema`), each name begins with its own ("ema.blocks.0…").
+        file has several state dicts (`model` and `ema`), or one that says that it is an average, each name begins
+        with its own ("ema.blocks.0…").
       rest: everything else a PyTorch file holds (`optimizer_states`, `global_step`, …), plain or a `LeftOut`.
       metadata: a safetensors file's own metadata, text to text.
       config: a folder's config.json.
@@ -131,7 +134,7 @@ def _state_dict(content: Any, nesting: int = 0) -> tuple[dict[str, Tensor], dict
     if not isinstance(content, dict):
         raise UsageError(f"it holds a {type(content).__name__}, not tensors by name; save a state_dict().")
     found, rest = {}, dict(content)
-    for key in CONTAINERS:
+    for key in (*CONTAINERS, LIGHTNINGS_ONLINE):
         inner = content.get(key)
         if isinstance(inner, dict) and inner and nesting < _MAX_NESTING:
             tensors, left = _state_dict(inner, nesting + 1)
@@ -139,14 +142,43 @@ def _state_dict(content: Any, nesting: int = 0) -> tuple[dict[str, Tensor], dict
                 found[key] = tensors
                 rest.pop(key)
                 rest |= {key: left} if left else {}
-    if len(found) == 1:
-        return next(iter(found.values())), rest
+    if LIGHTNINGS_ONLINE in found and "state_dict" in found:
+        found["ema"] = found.pop("state_dict")
+    if len(found) == 1 and not found.keys() & {*AVERAGES}:
+        ((key, tensors),) = found.items()
+        if second := _second_set(tensors, rest):
+            raise UsageError(
+                f"it holds weights as {short(key)} and others as {short(second)}, and which of them are averages is "
+                f"not known; save those wanted alone, as a state_dict(), or the averages as 'ema'."
+            )
+        return tensors, rest
     if found:
         return {f"{key}.{name}": t for key, tensors in found.items() for name, t in tensors.items()}, rest
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor) and isinstance(name, str)}
     if not tensors and nesting == 0:
         raise UsageError(f"it holds no tensors by name, only {_some(content)}; save a state_dict().")
     return tensors, {name: value for name, value in content.items() if name not in tensors}
+
+
+def _second_set(tensors: dict[str, Tensor], rest: dict[str, Any]) -> str | None:
+    """What in `rest`, an optimiser aside, holds tensors of the shapes of at least half of `tensors`."""
+    shapes = collections.Counter(tensor.shape for tensor in tensors.values())
+    for key, value in rest.items():
+        if isinstance(key, str) and "optim" not in key and not isinstance(value, Tensor):
+            common = shapes & collections.Counter(_shapes(value))
+            if 2 * common.total() >= shapes.total():
+                return key
+    return None
+
+
+def _shapes(value: Any, nesting: int = 0) -> list[tuple[int, ...]]:
+    """Of all tensors in a list, or in a dictionary by name."""
+    if isinstance(value, Tensor):
+        return [value.shape]
+    inner = list(value) if isinstance(value, list | tuple) else []
+    if isinstance(value, dict):
+        inner = [v for key, v in value.items() if isinstance(key, str) and "optim" not in key]
+    return [shape for v in inner for shape in _shapes(v, nesting + 1)] if nesting <= _MAX_NESTING else []
 
 
 def _some(names: Any) -> str:

@@ -116,6 +116,10 @@ class Tensor:
         file.map.madvise(mmap.MADV_DONTNEED, start, stop - start)  # they are read again when next looked at
         return array.byteswap(inplace=True) if self.storage.big_endian else array
 
+    def row(self, index: int) -> "Tensor":
+        """One entry of the first axis."""
+        return Tensor(self.storage, self.dtype, self.shape[1:], self.strides[1:], self.offset + index * self.strides[0])
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         array = self.numpy()
         return array if dtype is None else array.astype(dtype, copy=False)

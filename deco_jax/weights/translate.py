@@ -94,8 +94,8 @@ def from_torch(
             problems.append(f"missing {name} {shape}")
         elif tuple(tensors[name].shape) != shape:
             problems.append(f"{name} has shape {tuple(tensors[name].shape)}, not {shape}")
-        elif tensors[name].dtype.kind == "c":
-            problems.append(f"{name} is complex")
+        elif tensors[name].dtype.kind in "biuc":  # quantised, say, with its scale elsewhere
+            problems.append(f"{name} has the dtype {tensors[name].dtype}, not one of floating point")
     if problems:
         raise UsageError("these tensors do not fit the model: " + "; ".join(problems) + ".")
     dtypes = {path: matrices if path.endswith(MATRICES) else np.float32 for path, _ in places.values()}

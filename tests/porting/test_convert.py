@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import stat
 
 import jax
@@ -17,6 +18,7 @@ from deco_jax.errors import UsageError
 from deco_jax.generation.prompts import open_encoder
 from deco_jax.parallel.mesh import make_layout
 from deco_jax.porting import convert as module
+from deco_jax.porting import moments
 from deco_jax.porting.bundle import Bundle
 from deco_jax.porting.convert import convert, read, write_checkpoint
 from deco_jax.pretrained import names, networks
@@ -77,6 +79,29 @@ def test_every_number_survives_the_way_to_ours_and_back(workdir, tmp_path):
             np.testing.assert_array_equal(
                 b["state"][number][key].numpy(), entry[key].numpy(), err_msg=f"{number} {key}"
             )
+
+
+def test_lightning_goes_on_where_the_run_was(workdir, tiny_config, tmp_path):
+    """Its trainer takes its step from "loops", AdamW its rate from "lr", and a strict load needs the projector."""
+    pytest.importorskip("torch", reason="needs the extra `torch`")
+    convert(workdir, str(tmp_path / "all.ckpt"), train_state=True)
+    content = open_weights(tmp_path / "all.ckpt").rest
+    loop = content["loops"]["fit_loop"]
+    assert loop["epoch_loop.state_dict"]["_batches_that_stepped"] == 1234
+    progress = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    assert progress["total"]["completed"] == progress["current"]["completed"] == 1234
+    convert(workdir, str(tmp_path / "weights.ckpt"))
+    assert open_weights(tmp_path / "weights.ckpt").tensors.keys() == open_weights(LIGHTNING).tensors.keys()
+    convert(workdir, str(tmp_path / "network.ckpt"), projector=False)
+    assert not any("proj." in name for name in open_weights(tmp_path / "network.ckpt").tensors if "diffusion" in name)
+
+    bundle = read(workdir, ("ema", "online"), True, True)
+    rate = bundle.config.optimizer.lr
+    bundle.config.optimizer.decay_steps, bundle.config.train.steps = 2000, bundle.moments[0] + 500
+    moments.write_ckpt(bundle, tmp_path / "falling.ckpt")
+    (group, *_) = open_weights(tmp_path / "falling.ckpt").rest["optimizer_states"][0]["param_groups"]
+    assert group["lr"] == pytest.approx(rate / 4) and group["initial_lr"] == rate
+    assert read(str(tmp_path / "falling.ckpt"), ("ema", "online"), True, True).config.optimizer.lr == rate
 
 
 @pytest.mark.parametrize("weights", ["ema", "online"])
@@ -236,6 +261,22 @@ def test_force_replaces_nothing_that_was_not_made_by_converting(workdir, tmp_pat
         with pytest.raises(UsageError, match=message):
             convert(workdir, str(target), force=True)
     assert (tmp_path / "thesis" / "thesis.tex").read_text() == "years"
+    others = {"theirs/checkpoints/last.ckpt", "trained/transformer/diffusion_pytorch_model.safetensors"}
+    for place in others:
+        file = tmp_path / place
+        file.parent.mkdir(parents=True)
+        file.write_text("weeks")
+        with pytest.raises(UsageError, match="was not made by converting"):
+            convert(workdir, str(file.parents[1]), kind="huggingface", force=True)
+        assert file.read_text() == "weeks"
+    run = tmp_path / "run"
+    shutil.copytree(workdir, run)
+    (step,) = (run / "checkpoints").iterdir()
+    shutil.copytree(step, run / "checkpoints" / "1300")
+    with pytest.raises(UsageError, match="holds checkpoints of a run"):
+        convert(LIGHTNING, str(run), force=True)
+    shutil.rmtree(step)
+    convert(LIGHTNING, str(run), force=True)
     deco_jax.load_pretrained(workdir)
 
 
@@ -273,6 +314,11 @@ def test_converted_weights_start_an_aligned_run_and_remember_their_teacher(tiny_
     assert_trees_equal(state.params["network"], network)
     projector = jax.tree.leaves(state.params["projector"])
     assert all(isinstance(x, jax.Array) for x in projector) and any(np.any(x != 0.5) for x in projector)
+
+
+def test_a_name_that_cannot_be_is_one_line(workdir, tmp_path):
+    with pytest.raises(UsageError, match="cannot be written: .*File name too long"):
+        convert(workdir, str(tmp_path / ("x" * 300)))
 
 
 @pytest.mark.parametrize("case", ["baseline_dit", "pixnerd"])

@@ -92,6 +92,9 @@ def tensors(*prefixes):
         (("denoiser.", "ema_denoiser.", "diffusion_trainer."), ["online", "ema", "projector"]),
         (("module.denoiser._orig_mod.", "ema_denoiser._orig_mod."), ["online", "ema"]),
         (("model.", "ema."), ["online", "ema"]),
+        (("state_dict.", "state_dict_ema."), ["online", "ema"]),
+        (("current_model_state.", "ema."), ["online", "ema"]),
+        (("online_model.", "ema_model."), ["online", "ema"]),
         (("state_dict.denoiser.", "state_dict.ema_denoiser."), ["online", "ema"]),
     ],
 )
@@ -100,6 +103,12 @@ def test_wrappers_come_off_and_networks_are_told_apart(prefixes, found):
     assert set(networks) == set(found)
     for index, name in enumerate(found):
         assert list(networks[name]) == ["a.weight", "b.weight"] and networks[name]["a.weight"] == index
+
+
+def test_counters_of_averaging_are_no_weights():
+    averaged = tensors("model.", "ema.module.") | {"ema.n_averaged": np.array(3)}
+    assert list(split_networks(averaged)["ema"]) == ["a.weight", "b.weight"]
+    assert "only" not in split_networks(tensors("online_model.", "ema_model.") | {"initted": np.array([True])})
 
 
 def test_what_cannot_be_told_apart_is_an_error():

@@ -19,7 +19,7 @@ from deco_jax.models.build import parameter_shapes
 from deco_jax.parallel.mesh import make_layout
 from deco_jax.porting.bundle import Bundle
 from deco_jax.porting.convert import convert, write_checkpoint
-from deco_jax.pretrained.load import open_pretrained
+from deco_jax.pretrained.load import as_now, open_pretrained
 from deco_jax.storage import to_path, upload
 from deco_jax.training.start import abstract_state, find_weights, first_state
 from deco_jax.training.step import make_train_step
@@ -221,3 +221,25 @@ def test_a_fingerprint_tells_other_weights_in_the_same_place_apart(tmp_path):
     assert open_pretrained(str(tmp_path / "copy.safetensors")).fingerprint == first
     save_file({name: 0.9 * value for name, value in tensors.items()}, path)
     assert open_pretrained(str(path)).fingerprint != first
+
+    table = "y_embedder.embedding_table.weight"
+    tensors[table] = np.random.default_rng(0).normal(size=(6001, tensors[table].shape[1])).astype(np.float32)
+    save_file(tensors, path)
+    first = open_pretrained(str(path)).fingerprint
+    save_file(tensors | {table: -tensors[table]}, path)  # a large tensor alone
+    second = open_pretrained(str(path)).fingerprint
+    assert first != second and first[:16] == second[:16]
+    for there, same in ((first, True), (first[:16], True), (None, True), (second, False), ("0" * 16, False)):
+        now = as_now({"fingerprint": there, "num": 1}, {"fingerprint": first})
+        assert (now == {"fingerprint": first, "num": 1}) is same
+    assert as_now({"num": 1}, {}) == {"num": 1}
+
+
+def test_a_whole_pipeline_of_diffusers_opens(folder, tmp_path):
+    inner = tmp_path / "pipe" / "transformer"
+    inner.mkdir(parents=True)
+    (tmp_path / "pipe" / "model_index.json").write_text('{"_class_name": "DeCoPipeline"}')
+    (inner / "config.json").write_text("{}")
+    shutil.copy(f"{folder}/x.safetensors", inner / "diffusion_pytorch_model.safetensors")
+    params = deco_jax.load_pretrained(str(tmp_path / "pipe"))[1]
+    assert_equal(params, deco_jax.load_pretrained(f"{folder}/x.safetensors")[1])

@@ -4,6 +4,7 @@ import json
 import pathlib
 import pickle
 import struct
+from unittest.mock import ANY
 
 import ml_dtypes
 import numpy as np
@@ -232,7 +233,18 @@ def arrange(tmp_path, *, layout):
         (lambda s: s, ["x", "y"], {}),
         (lambda s: {"state_dict": s, "epoch": 1}, ["x", "y"], {"epoch": 1}),
         (lambda s: {"model": s, "opt": {}, "step": 2}, ["x", "y"], {"opt": {}, "step": 2}),
-        (lambda s: {"ema": s}, ["x", "y"], {}),
+        (lambda s: {"ema": s, "step": 3}, ["ema.x", "ema.y"], {"step": 3}),
+        (
+            lambda s: {"state_dict": s, "state_dict_ema": s},
+            [f"state_dict{e}.{k}" for e in ("", "_ema") for k in "xy"],
+            {},
+        ),
+        (lambda s: {"model": s, "optimizer": {"exp_avg": s}}, ["x", "y"], {"optimizer": {"exp_avg": ANY}}),
+        (
+            lambda s: {"state_dict": s, "current_model_state": s},
+            ["current_model_state.x", "current_model_state.y", "ema.x", "ema.y"],
+            {},
+        ),
         (lambda s: {"state_dict": {"module": s}}, ["x", "y"], {}),
         (lambda s: {"model": s, "ema": s}, ["model.x", "model.y", "ema.x", "ema.y"], {}),
         (lambda s: {"state_dict": s | {"_extra_state": None}}, ["x", "y"], {"state_dict": {"_extra_state": None}}),
@@ -243,6 +255,22 @@ def arrange(tmp_path, *, layout):
 def test_where_state_dicts_stand(tmp_path, layout, names, rest):
     weights = open_weights(arrange(tmp_path, layout=layout))
     assert list(weights.tensors) == names and weights.rest == rest
+
+
+@pytest.mark.parametrize(
+    ("layout", "second"),
+    [
+        (lambda s: {"model": s, "best_model": s}, "best_model"),
+        (lambda s: {"model": s, "ema": {"decay": 0.9, "shadow_params": [*s.values()]}}, "ema"),
+        (lambda s: {"state_dict": s, "callbacks": {"EMA": {"weights": s}}}, "callbacks"),
+    ],
+)
+def test_a_second_set_in_an_unknown_place_is_not_passed_over(tmp_path, layout, second):
+    """The first may be the average, or may not: it must not pass for it."""
+    with pytest.raises(UsageError, match=f"holds weights as '.*' and others as '{second}'"):
+        open_weights(arrange(tmp_path, layout=layout))
+    other = arrange(tmp_path, layout=lambda s: {"model": s, "discriminator": {"z": 2 * s["x"][:2]}})
+    assert list(open_weights(other).tensors) == ["x", "y"]
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,6 @@ def test_misfits_among_parts_are_listed(tensors):
     for part in (
         "missing layer.0.query.weight (6, 5)",
         "layer.1.key.bias has shape (5,), not (6,)",
-        "shift.weight is complex",
+        "shift.weight has the dtype complex64, not one of floating point",
     ):
         assert part in str(problem.value)
