@@ -11,6 +11,7 @@ import json
 import os
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -99,7 +100,7 @@ class ArrayImages:
             with storage.reading(path):
                 self.archive = zipfile.ZipFile(self.path)
                 self._open()
-        except (zipfile.BadZipFile, ValueError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
             if isinstance(error, UsageError):
                 raise
             raise UsageError(f"{path} is no .npz that can be read ({error}).") from error

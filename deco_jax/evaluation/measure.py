@@ -2,8 +2,7 @@
 
 OUT/evaluation.json    what is evaluated; a folder that was begun with something else is refused
 OUT/samples            of a network: what `deco generate` makes
-OUT/features           of the images, until the metrics are there; see `extract`
-OUT/reference          features of the images in an ADM reference, likewise
+OUT/features           of the images, and of those in an ADM reference, until the metrics are there; see `extract`
 OUT/metrics.json       the numbers, and all that they depend on; and metrics.md, a row of Markdown
 """
 
@@ -132,9 +131,11 @@ def look_into(request: Request, judge: Judge) -> Plan:
         asked |= {"weights": request.weights, "dtype": found.config.model.dtype}
         labels = str(wanted) if wanted.prompts else request.labels or "all"
         asked |= {"seed": request.seed, "labels": labels, "image_size": list(size)}
+        asked |= {"text_encoder": request.text_encoder} if request.text_encoder else {}
         asked |= dataclasses.asdict(settings)
     else:
         of_networks = {
+            "labels": request.labels,
             "prompt": request.prompt or None,
             "prompts": request.prompts,
             "text_encoder": request.text_encoder,
@@ -183,7 +184,7 @@ def measure(request: Request, judge: Judge, out: str, cache: AnyPath | None = No
         plan = processes.agree(lambda: look_into(request, judge))
         text = json.dumps(plan.asked, sort_keys=True)
         processes.assert_equal("what is evaluated", hashlib.sha256(text.encode()).hexdigest())
-        left_over = ("features", "reference", *(() if keep or plan.images is not None else ("samples",)))
+        left_over = ("features", *(() if keep or plan.images is not None else ("samples",)))
         if processes.broadcast(processes.agree(lambda: _look_at(job, plan.asked))) == "done":
             if job.first:
                 for name in left_over:  # an earlier start may have died before it was at that
@@ -252,7 +253,7 @@ def _look_at(job: Job, asked: dict[str, Any]) -> str:
 def _generate(request: Request, plan: Plan, job: Job) -> Images | None:
     """The images that the network draws, in OUT/samples; None if told to stop."""
     path = generate_samples(
-        request.source,
+        plan.asked["source"],  # request.source may be a run that has gone on since
         f"{job.folder / 'samples'}",
         num=plan.number,
         labels=request.labels,
@@ -282,7 +283,7 @@ def _extractions(
         weights, reference = f"{network.name}-{network.digest}", judge.references[network.name]
         parts[network.name] = Extraction(images, plan.number, network, folder / "features" / weights)
         if reference.vectors is None and judge.images is not None:
-            kept = (folder / "reference" if cache is None else cache) / f"{weights}-{reference.hash}"
+            kept = (folder / "features" if cache is None else cache) / f"reference-{weights}-{reference.hash}"
             real[network.name] = Extraction(judge.images, len(judge.images), network, kept)
     return parts, real
 

@@ -63,6 +63,11 @@ def compute_stats(
             return found, len(found) if num is None else num, networks
 
         found, number, networks = processes.agree(look)
+        if number < len(found):
+            job.say(
+                f"Note: these are the first {number:,} of {len(found):,} images in the data's order, which is class by "
+                "class in many data sets."
+            )
         asked = {"images": found.identity, "num": number, "features": {n.name: n.digest for n in networks}}
         text = json.dumps(asked, sort_keys=True)
         processes.assert_equal("what statistics are of", hashlib.sha256(text.encode()).hexdigest())

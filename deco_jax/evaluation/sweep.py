@@ -1,12 +1,14 @@
 """Which settings of the sampler are best? `deco evaluate --sweep`: an evaluation for each combination of values.
 
 OUT/guidance=2.0,guidance_interval=0.1:1.0/    an evaluation, without the images it drew
-OUT/sweep.json, sweep.md, sweep.png            all points that are done, the best marked
+OUT/sweep.json, sweep.md, sweep.png            all points that are done, by this command or before, the best marked
+OUT/.reference                                 features of the images in an ADM reference, until all points are done
 """
 
 import dataclasses
 import io
 import itertools
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from deco_jax.evaluation.measure import Judge, Request, look_into, measure, read
 from deco_jax.evaluation.results import BEST_BY, metric_name, to_markdown
 from deco_jax.jobs import open_job
 from deco_jax.parallel import processes
+from deco_jax.pretrained.load import open_pretrained
 from deco_jax.sampling.settings import Sampling
 from deco_jax.storage import AnyPath
 from deco_jax.version import __version__
@@ -69,7 +72,9 @@ def point_name(point: dict[str, Any]) -> str:
 
 
 def measure_sweep(request: Request, judge: Judge, out: str, fields: dict[str, list[Any]]) -> bool:
-    """Evaluates every combination of the fields' values; those that are done are not done again.
+    """Evaluates every combination of the fields' values, and what `out` has of the same fields before.
+
+    Those that are done are not done again.
 
     Args:
       request: what the points have in common; a network.
@@ -81,26 +86,32 @@ def measure_sweep(request: Request, judge: Judge, out: str, fields: dict[str, li
       Whether all points are done; otherwise it was told to stop.
 
     Raises:
-      UsageError: `request` is about images that are there, sets a field as well, or a combination is out of range; or
-        as `measure`. Then nothing is drawn.
+      UsageError: `request` is about images that are there, sets a field as well, or a combination is out of range;
+        `out` has a sweep of other fields; or as `measure`. Then nothing is drawn.
     """
-    points = [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
-    requests = [dataclasses.replace(request, sampling={**request.sampling, **point}) for point in points]
     with open_job("--out", out) as job:
 
-        def look() -> None:
+        def look() -> tuple[list[dict[str, Any]], list[Request]]:
             require_matplotlib()
             if not request.is_network:
                 raise UsageError(f"--sweep needs a network; {request.source} holds images, already drawn.")
             for name in fields:
                 if request.sampling.get(name) is not None:
                     raise UsageError(f"--{name.replace('_', '-')} is also in --sweep; give it once.")
+            points = [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
+            before = _points_before(job.folder, list(fields))
+            points = before + [point for point in points if point not in before]
+            source = str(open_pretrained(request.source))  # the same checkpoint for all of them
+            same = dataclasses.replace(request, source=source)
+            requests = [dataclasses.replace(same, sampling={**request.sampling, **point}) for point in points]
             for one in requests:
                 look_into(one, judge)
+            return points, requests
 
-        processes.agree(look)
+        points, requests = processes.agree(look)
+        processes.assert_equal("the points", json.dumps([point_name(point) for point in points]))
         job.claim()
-        cache, done = job.folder / "reference", []
+        cache, done = job.folder / ".reference", []
         for k, (point, one) in enumerate(zip(points, requests, strict=True)):
             job.check()
             job.say(f"\nPoint {k + 1} of {len(points)}: {point_name(point)}")
@@ -115,6 +126,23 @@ def measure_sweep(request: Request, judge: Judge, out: str, fields: dict[str, li
             job.say(f"\n{storage.retried(f'reading {table}', table.read_text)}")
             job.say(f"{', '.join(FILES)} are in {job.folder}.")
         return True
+
+
+def _points_before(folder: AnyPath, fields: list[str]) -> list[dict[str, Any]]:
+    """Those of a sweep.json that is there."""
+    path = folder / "sweep.json"
+    with storage.reading(path):
+        text = storage.retried(f"reading {path}", lambda: path.read_text() if path.exists() else '{"points": []}')
+    try:
+        settings = [dict(point["settings"]) for point in json.loads(text)["points"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is damaged ({error!r}); remove it and run the same command again.") from error
+    for point in settings:
+        if list(point) != fields:
+            raise UsageError(
+                f"{folder} holds a sweep of {', '.join(point)}, not of {', '.join(fields)}; choose another folder."
+            )
+    return [{name: tuple(v) if isinstance(v, list) else v for name, v in point.items()} for point in settings]
 
 
 def _write(folder: AnyPath, points: list[dict[str, Any]], total: int) -> None:

@@ -233,6 +233,10 @@ def _may_be_folder(path: AnyPath) -> bool:
 
 def _without_points(evaluated: list[Result], results: list[Result]) -> list[Result]:
     """Those that are no points of a sweep, which are shown with it."""
-    sweeps = {r.where.removesuffix("sweep.json") for r in results if isinstance(r.content.get("points"), list)}
-    points = re.compile(f"({'|'.join(map(re.escape, sweeps))})[^/]*=[^/]*/metrics.json") if sweeps else None
-    return [r for r in evaluated if not (points and points.fullmatch(r.where))]
+    listed = set()
+    for r in results:
+        points = r.content.get("points")
+        for point in points if isinstance(points, list) else []:
+            if isinstance(point, dict):
+                listed.add(f"{r.where.removesuffix('sweep.json')}{point.get('folder')}/metrics.json")
+    return [r for r in evaluated if r.where not in listed]

@@ -128,10 +128,15 @@ def test_images_in_the_reference_stand_for_vectors(made, tmp_path):
     with np.load(made / "ref/reference.npz") as file:
         moments = {name: file[name] for name in ("efficientnet/mu", "efficientnet/sigma")}
     np.savez(tmp_path / "adm.npz", blobs(0, 30), **moments)
-    run(made, tmp_path / "adm", reference=f"{tmp_path}/adm.npz")
+    own = tmp_path / "adm/reference"  # of the user, in the folder for the results
+    own.mkdir(parents=True)
+    (tmp_path / "adm.npz").rename(own / "adm.npz")
+    for _ in range(2):
+        run(made, tmp_path / "adm", reference=f"{own}/adm.npz")
     run(made, tmp_path / "ours")
     assert_close(metrics_of(tmp_path / "adm"), metrics_of(tmp_path / "ours"))
-    assert not (tmp_path / "adm/reference").exists()
+    names = {p.name for p in (tmp_path / "adm").iterdir()}
+    assert names == {".lease", "evaluation.json", "metrics.json", "metrics.md", "reference"} and list(own.iterdir())
 
 
 def test_a_network_is_drawn_from_and_measured(made, tmp_path, capsys):
@@ -175,6 +180,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(made, tmp_path, m
     for message, changes in (
         (r"--guidance, --last is for networks", {"guidance": 2.0, "last": 0.1}),
         (r"--num=22 is more than the 21 images", {"num": 22}),
+        (r"--labels is for networks", {"labels": "0-4"}),
     ):
         with pytest.raises(UsageError, match=message):
             run(made, out, **changes)

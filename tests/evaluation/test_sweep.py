@@ -110,6 +110,12 @@ def test_every_combination_is_measured_once_and_the_best_is_marked(reference, tm
         assert picture.width > 1000 and len(picture.convert("RGB").getcolors(2**20)) > 20
     run(reference, tmp_path)
     assert len(drawn) == 5
+    run(reference, tmp_path, ["guidance=2", "guidance_interval=0.3:1"])
+    more = json.loads((tmp_path / "sweep.json").read_text())
+    assert len(drawn) == 6 and more["points"][:4] == found["points"], "a later command adds to the sweep"
+    assert more["points"][4]["settings"] == {"guidance": 2.0, "guidance_interval": [0.3, 1.0]} and more["total"] == 5
+    with pytest.raises(UsageError, match="holds a sweep of guidance, guidance_interval, not of steps"):
+        run(reference, tmp_path, ["steps=2,3"], steps=None)
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_drawn(reference, tmp_path, monkeypatch):

@@ -139,6 +139,14 @@ def test_pictures_of_earlier_versions_are_added_to(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*SAMPLE, "--num=3", "--out", str(tmp_path)])
     assert "in another way (image_size: [16, 16] there, [8, 8] here)" in capsys.readouterr().err
+    del how["fingerprint"]
+    file.write_text(json.dumps(how))
+    main([*SAMPLE, "--num=3", "--out", str(tmp_path)])
+    assert "of which 3 are there already" in capsys.readouterr().out
+    file.write_text(json.dumps(how | {"fingerprint": "0" * 32}))  # of the file that was replaced
+    with pytest.raises(SystemExit):
+        main([*SAMPLE, "--num=3", "--out", str(tmp_path)])
+    assert f"in another way (fingerprint: {'0' * 32} there" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("quick_compile")

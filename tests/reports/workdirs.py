@@ -40,9 +40,11 @@ def add_results(folder):
     write_lines(folder / "evaluation.jsonl", evaluation)
     write_result(folder / "evaluation/metrics.json", evaluated(fid=12.5))
     points = [({"guidance": g, "steps": 25}, {"fid": (g - 3) ** 2 + 10, "kid": 0.1}) for g in (1.0, 2.0, 3.0, 4.0)]
+    found = []
     for settings, metrics in points:
-        write_result(folder / f"sweep/guidance={settings['guidance']}/metrics.json", evaluated(**metrics))
-    found = [{"settings": settings, "metrics": metrics} for settings, metrics in points]
+        name = f"guidance={settings['guidance']},steps=25"
+        write_result(folder / "sweep" / name / "metrics.json", evaluated(**metrics))
+        found.append({"settings": settings, "metrics": metrics, "folder": name})
     write_result(folder / "sweep/sweep.json", {"points": found, "best": 2, "by": "fid"})
     curve = {"normalised_log": np.linspace(1, 0.125, 64).tolist()}
     write_result(folder / "spectra/spectra.json", {"networks": {"ours": {"transformer": curve, "velocity": curve}}})
