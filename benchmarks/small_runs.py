@@ -137,6 +137,7 @@ def parser_for(description: str, recipes: Sequence[str]) -> argparse.ArgumentPar
     parser.add_argument("--recipe", choices=recipes, default="digits")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="one training of each system for each")
     parser.add_argument("--steps", type=positive, help="of each training, instead of the recipe's")
+    parser.add_argument("--lr", type=float, help="learning rate, instead of the recipe's")
     parser.add_argument("--images", type=positive, help="drawn from each network, instead of the recipe's")
     return parser
 
@@ -148,6 +149,7 @@ def make_config(args: argparse.Namespace, system: System, seed: int) -> ConfigDi
         part, name = field.split(".")
         c[part][name] = value
     c.train.steps = args.steps or c.train.steps
+    c.optimizer.lr = args.lr or c.optimizer.lr
     c.sample.num = args.images or c.sample.num
     c.seed = seed
     c.model.kind = system.kind

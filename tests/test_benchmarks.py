@@ -119,7 +119,7 @@ def test_every_training_has_a_workdir_of_its_own(small_runs, tmp_path):
 def test_systems_that_are_compared_have_the_same_size(small_runs, recipe, tmp_path):
     script = importlib.import_module("decoupling")
     assert recipe in script.RECIPES and len(script.RECIPES) == 4
-    args = argparse.Namespace(out=tmp_path, recipe=recipe, steps=None, images=None)
+    args = argparse.Namespace(out=tmp_path, recipe=recipe, steps=None, lr=None, images=None)
     configs = [small_runs.make_config(args, system, 0) for system in script.SYSTEMS.values()]
     sizes = [script.size(config)["parameters"] for config in configs]
     assert max(sizes) <= 1.01 * min(sizes)
@@ -151,7 +151,7 @@ def test_a_training_that_was_begun_otherwise_is_refused(small_runs, tmp_path):
     """Else the network of a trial with fewer steps, its learning rate decayed, would pass for one of the recipe's."""
 
     def config(out, steps, images):
-        args = argparse.Namespace(out=tmp_path / out, recipe="digits", steps=steps, images=images)
+        args = argparse.Namespace(out=tmp_path / out, recipe="digits", steps=steps, lr=None, images=images)
         return small_runs.make_config(args, small_runs.System("deco", 1.0), 0)
 
     begun = config("out", 1000, 50)

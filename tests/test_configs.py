@@ -230,6 +230,10 @@ def test_paper_values():
         assert (o.lr, o.beta1, o.beta2, o.weight_decay, o.eps, o.clip_norm) == (1e-4, 0.9, 0.999, 0, 1e-8, 0)
         assert (c.flow.time_distribution, c.flow.time_shift) == ("lognorm", 1)
         assert (c.loss.frequency_weight, c.loss.frequency_quality, c.loss.frequency_gamma) == (1, 85, 1)
+        assert (c.loss.alignment_weight, c.loss.alignment_layer, c.loss.alignment_features) == (0.5, 8, 768)
+        assert tuple(c.sample.guidance_interval) == ((0.0, 1.0) if size == 512 or p_null == 0.1 else (0.1, 1.0))
+        guidance = {"imagenet256_deco_l": 1.0, "imagenet256_deco_xl": 3.0, "imagenet512_deco_xl": 5.0}[name]
+        assert (c.sample.guidance, c.sample.steps) == (guidance, 50 if p_null == 0.1 else 100)
 
 
 @pytest.mark.parametrize("name", ["table1.py:baseline_x", "table1.py", "ablations.py:decoder_width_8", "ablations.py"])

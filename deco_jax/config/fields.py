@@ -41,6 +41,7 @@ class Field:
             raise UsageError(f"{name}={value} must be {allowed}.")
 
 
+BELOW_1 = 0.999999  # in fp32 as well
 free = functools.partial(Field, resume="free")
 size = functools.partial(Field, low=1, must="at least 1")  # of a network
 
@@ -136,9 +137,11 @@ FIELDS: dict[str, Field] = {
 
     # AdamW.
     "optimizer.lr": free(1e-4, "learning rate", low=0),
-    "optimizer.beta1": free(0.9, "decay of the first moment", low=0, high=1),
-    "optimizer.beta2": free(0.999, "decay of the second moment (0.95 is steadier in bf16)", low=0, high=1),
-    "optimizer.eps": free(1e-8, "added to the root of the second moment", low=0),
+    "optimizer.beta1": free(0.9, "decay of the first moment", low=0, high=BELOW_1, must="from 0 to 0.999999"),
+    "optimizer.beta2": free(0.999, "decay of the second moment (0.95 is steadier in bf16)", low=0, high=BELOW_1,
+                            must="from 0 to 0.999999"),
+    "optimizer.eps": free(1e-8, "added to the root of the second moment, which is 0 where no gradient came yet",
+                          low=1e-30),
     "optimizer.weight_decay": free(0.0, "decoupled; acts on every parameter", low=0),
     "optimizer.warmup_steps": free(0, "linear rise at the start", low=0),
     "optimizer.decay_steps": free(0, "linear fall to 0 at the end, which is train.steps; 0 = constant", low=0),

@@ -59,7 +59,8 @@ def default_teacher(config: ConfigDict) -> Frozen:
 
 def teacher_of(module: DINOv2, config: ConfigDict) -> Frozen:
     """DINOv2 as the run's `model` part says (dtype, attention, scan): images in [-1, 1] → features (B, N, F), fp32."""
-    attention = "auto" if config.model.attention == "default" else config.model.attention
+    # Our kernel takes the network's tokens, but not always these, which are one more.
+    attention = "auto" if config.model.attention in ("default", "pallas") else config.model.attention
     module = module.clone(dtype=jnp.dtype(config.model.dtype), attention=attention, scan=config.model.scan)
     return Frozen(
         name="teacher",

@@ -1,5 +1,7 @@
 """PixNerd, a network of the paper's comparisons: every token generates the MLP that its own pixels pass through."""
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
@@ -9,6 +11,7 @@ from deco_jax.models.layers import Linear, rms_norm
 from deco_jax.models.pixel_decoder import LinearParameters, pixel_position_features
 from deco_jax.models.trunk import ClassConditional
 from deco_jax.ops.decoder import query
+from deco_jax.ops.product import precision_of
 
 
 class PixNerd(ClassConditional, kw_only=True):
@@ -47,7 +50,8 @@ class FieldBlock(nn.Module):
         )
         w1 = _unit_columns(generated[..., 0, :].reshape(*generated.shape[:2], d, hidden))
         w2 = _unit_columns(generated[..., 1, :].reshape(*generated.shape[:2], hidden, d))
-        return q_BxNxPxd + nn.silu(rms_norm("decoder_width", self.dtype, "norm")(q_BxNxPxd) @ w1) @ w2
+        matmul = functools.partial(jnp.matmul, precision=precision_of(self.dtype))
+        return q_BxNxPxd + matmul(nn.silu(matmul(rms_norm("decoder_width", self.dtype, "norm")(q_BxNxPxd), w1)), w2)
 
 
 class FieldDecoder(nn.Module):

@@ -79,7 +79,8 @@ def _library(
         q, k = rotate(q, angles_NxK), rotate(k, angles_NxK)
     if text_k is not None:
         k = jnp.concatenate([k, text_k], axis=1)
-    return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+    with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else None):
+        return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
 
 
 def _by_device(function: Callable[..., Array]) -> Callable[..., Array]:

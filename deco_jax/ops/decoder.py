@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -11,7 +12,7 @@ from jax import Array
 
 from deco_jax.ops import decoder_tpu
 from deco_jax.ops.door import Implementation, choose
-from deco_jax.ops.product import product
+from deco_jax.ops.product import precision_of, product
 
 NORM_EPSILON = 1e-6
 Parameters = Mapping[str, Any]  # {"query": {"kernel": …, "bias": …}, "block_0": {"norm": {"scale": …, …}, …}, …}
@@ -50,8 +51,9 @@ def decode(
 def query(parameters: Parameters, pixels_BxNxPxC: Array, places_Px64: Array, dtype: jnp.dtype) -> Array:
     """Linear([colours, features of the place] → d), with the constant part computed once, not at every patch."""
     colours, kernel = pixels_BxNxPxC.shape[-1], parameters["kernel"]
-    constant_Pxd = places_Px64 @ kernel[colours:] + parameters["bias"]
-    return pixels_BxNxPxC.astype(dtype) @ kernel[:colours].astype(dtype) + constant_Pxd.astype(dtype)
+    constant_Pxd = jnp.matmul(places_Px64, kernel[colours:], precision=jax.lax.Precision.HIGHEST) + parameters["bias"]
+    coloured = jnp.matmul(pixels_BxNxPxC.astype(dtype), kernel[:colours].astype(dtype), precision=precision_of(dtype))
+    return coloured + constant_Pxd.astype(dtype)
 
 
 def _plain(

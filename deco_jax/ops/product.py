@@ -111,6 +111,11 @@ def look_up(table_RxD: Array | Part, rows: Array) -> Array:
     return jax.lax.all_to_all(found, names, split_axis=0, concat_axis=found.ndim - 1, tiled=True)
 
 
+def precision_of(dtype: Any) -> jax.lax.Precision | None:
+    """Of products in `dtype`: of fp32, which TPUs would else multiply as bfloat16 and GPUs as TF32, the highest."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
 def product(x: Array, kernel: Array | Part, dtype: jnp.dtype) -> Array:
     """x·kernel: (…, K) and (K, *features) → (…, *features), both multiplied in `dtype`."""
     fan_in, *features = kernel.shape
@@ -123,7 +128,7 @@ def product(x: Array, kernel: Array | Part, dtype: jnp.dtype) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _product(x_RxK: Array, part: Array, kept: Kept, dtype: jnp.dtype, gradient_dtype: str | None) -> Array:
     """(R, F), or (R, *features)."""
-    return jnp.tensordot(x_RxK, _matrix(part, kept, dtype), 1)
+    return jnp.tensordot(x_RxK, _matrix(part, kept, dtype), 1, precision=precision_of(dtype))
 
 
 def _matrix(part: Array, kept: Kept, dtype: jnp.dtype) -> Array:
@@ -138,8 +143,9 @@ def _forward(x_RxK: Array, part: Array, kept: Kept, dtype: jnp.dtype, gradient_d
 def _backward(kept: Kept, dtype: jnp.dtype, gradient_dtype: str | None, saved: tuple, dy: Array) -> tuple[Array, Array]:
     x_RxK, part = saved
     kernel, features = _matrix(part, kept, dtype), tuple(range(1, dy.ndim))
-    dx_RxK = jnp.tensordot(dy, kernel, axes=(features, features))
-    dkernel = jnp.tensordot(x_RxK, dy, axes=(0, 0), preferred_element_type=gradient_dtype)
+    exact = precision_of(dtype)
+    dx_RxK = jnp.tensordot(dy, kernel, axes=(features, features), precision=exact)
+    dkernel = jnp.tensordot(x_RxK, dy, axes=(0, 0), precision=exact, preferred_element_type=gradient_dtype)
     return dx_RxK, scatter(dkernel.reshape(Part(part, kept).shape), kept).astype(part.dtype)
 
 

@@ -10,10 +10,11 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deco_jax.config import default_config
+from deco_jax.models.build import parameter_shapes
 from deco_jax.models.dit import REMAT_POLICIES
 from deco_jax.ops.product import Part, gradients_in, look_up, product
 from deco_jax.parallel import mesh as meshes
-from tests.helpers import relative_error
+from tests.helpers import Golden, relative_error
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -124,3 +125,19 @@ def test_eight_devices_under_remat_compute_the_same(preset):
         ours = jax.jit(gradients)(*placed)
     for a, b in zip(ours, expected, strict=True):
         assert relative_error(a, b) <= 1e-5
+
+
+@pytest.mark.parametrize("case", ["deco_c2i", "deco_t2i", "pixnerd", "baseline_dit"])
+def test_a_float32_network_multiplies_in_float32_everywhere(case):
+    """TPUs and GPUs take fewer bits unless told; as they are told it does not show on a CPU, the program is read."""
+    programs = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model = Golden(case).model(dtype=dtype, attention="xla")
+        inputs = jnp.zeros((1, 16, 16, 3)), jnp.zeros(1), model.condition.example(1)
+        lowered = jax.jit(jax.grad(lambda params, f=model.apply, x=inputs: jnp.sum(f({"params": params}, *x) ** 2)))
+        text = lowered.lower(parameter_shapes(model)).as_text()
+        programs.append([line for line in text.splitlines() if "stablehlo.dot_general" in line])
+    exact, coarse = programs
+    assert len(exact) > 10 and all("precision = [HIGHEST, HIGHEST]" in line for line in exact)
+    # Of a bfloat16 network the constant part of the queries alone is made in float32.
+    assert all(("HIGHEST" in line) == ("bf16" not in line) for line in coarse)

@@ -1,5 +1,7 @@
 """`deco_jax.sample` on the recorded network; what an image depends on; what the sampler refuses."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,16 @@ def test_sampling_the_recorded_network():
     np.testing.assert_array_equal(images, same)
     same = deco_jax.sample(model, params, labels, noise=noise, negative=g["null_condition"], **settings)
     np.testing.assert_array_equal(images, same)
+
+
+def test_sampling_the_recorded_network_as_on_a_gpu(monkeypatch):
+    """There the blocks are not a loop."""
+    monkeypatch.setattr(importlib.import_module("deco_jax.sampling.sample"), "platform", lambda: "gpu")
+    g, network = Golden("sample_deco_c2i"), Golden("deco_c2i")
+    model, params, labels, noise = network.model(scan=True), network.params(), g["condition"], g.image("noise")
+    settings = recorded_settings(g.config)
+    images = deco_jax.sample(model, params, labels, noise=noise, **settings)
+    assert relative_error(images, g.image("samples")) < 2e-5
 
 
 @pytest.mark.slow
