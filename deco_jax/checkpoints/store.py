@@ -119,17 +119,18 @@ class Checkpoints:
 
         Raises:
           TransientError: the storage fails, now or, with several processes, in the save before.
+          UsageError: likewise, for a reason that does not pass by itself: a full disk.
         """
         if step in self.manager.all_steps():
             return
         try:
             self.wait()
-        except TransientError as error:
+        except (TransientError, UsageError) as error:
             if jax.process_count() > 1:
                 raise
             logging.warning("%s. Step %d is saved instead.", error, step)
             self.manager.reload()  # it has forgotten what lies there
-        with _transient_told(f"saving {self.folder / str(step)}"):
+        with _failure_told(f"saving {self.folder / str(step)}"):
             started = time.monotonic()
             self.manager.save(
                 step,
@@ -154,6 +155,8 @@ class Checkpoints:
                 seconds = time.monotonic() - started
                 size = checksums.note(folder, jax.process_index(), jax.process_count())
                 self._news.put(f"Saved: {folder} ({size / 1e6:.1f} MB, {seconds:.1f} s).")
+            else:
+                logging.warning("%s could not be saved; the next save says why, and is made all the same.", folder)
         except Exception as error:
             logging.warning("The checksums of %s could not be written (%s).", folder, error)
 
@@ -195,8 +198,9 @@ class Checkpoints:
 
         Raises:
           TransientError: the storage failed meanwhile.
+          UsageError: so did the disk.
         """
-        with _transient_told(f"saving to {self.folder}"):
+        with _failure_told(f"saving to {self.folder}"):
             self.manager.wait_until_finished()
         if self._noting is not None:
             self._noting.join()
@@ -374,6 +378,18 @@ def _readable(path: AnyPath) -> Iterator[None]:
             if isinstance(error, UsageError | MemoryError | jax.errors.JaxRuntimeError) or is_transient(error):
                 raise
             raise UsageError(f"{path} cannot be read: {_reason(error)}. Name an earlier checkpoint.") from error
+
+
+@contextlib.contextmanager
+def _failure_told(what: str) -> Iterator[None]:
+    """Within it, what a library says when it cannot write is one line."""
+    with _transient_told(what):
+        try:
+            yield
+        except Exception as error:  # TensorStore has bare ones, for a full disk too
+            if isinstance(error, UsageError | MemoryError | jax.errors.JaxRuntimeError) or is_transient(error):
+                raise
+            raise UsageError(f"{what} failed: {_reason(error)}") from error
 
 
 @contextlib.contextmanager

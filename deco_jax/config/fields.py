@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import numbers
 import sys
 from typing import Any, Literal
 
@@ -33,6 +34,11 @@ class Field:
 
     def check(self, name: str, value: Any) -> None:
         """Raises UsageError if `value` is not allowed for this field, called `name` in the table."""
+        kind = type(self.default)
+        numeric = kind in (int, float) and isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not numeric and type(value) is not kind:  # a ConfigDict takes None for any, and a bool for a number
+            nothing = f"; {self.default!r} is its default" if value is None else ""
+            raise UsageError(f"{name}={value!r} must be of type {kind.__name__}{nothing}.")
         if self.choices and value not in self.choices:
             raise UsageError(f"{name}={value!r} is not known; allowed: {', '.join(self.choices)}.")
         if self.low is not None and not self.low <= value <= self.high:  # NaN fits nowhere

@@ -32,7 +32,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     try:
         values(["deco", f"--config={path}"])
         config = values.config
-    except Exception as error:  # the file is a program; whatever it raises is the answer to "why not"
+    except (Exception, SystemExit) as error:  # the file is a program; whatever it raises is the answer to "why not"
         raise UsageError(f"{path}: {_last_line(error)}") from error
     if not isinstance(config, ConfigDict) or flatten(config).keys() != FIELDS.keys():
         raise UsageError(f"{path}: get_config() must start from deco_jax.config.default_config() and return it.")
@@ -60,7 +60,7 @@ def _override(config: ConfigDict, override: str) -> ConfigDict:
     return values.config
 
 
-def _last_line(error: Exception) -> str:
+def _last_line(error: BaseException) -> str:
     """The library's message for a field that does not exist ends with "Did you mean …"; it arrives as a repr."""
     lines = [line.strip(" '") for line in str(error).replace("\\n", "\n").splitlines() if line.strip(" '")]
-    return re.sub(r"^[\w.]+Error: ", "", lines[-1])
+    return re.sub(r"^[\w.]+Error: ", "", lines[-1]) if lines else f"it raises {type(error).__name__}."

@@ -72,6 +72,10 @@ def _typed(name: str, value: Any, where: str | os.PathLike) -> Any:
     kind = type(FIELDS[name].default)
     if (kind, type(value)) in ((tuple, list), (float, int)):
         value = kind(value)
+    if value is None:  # which stood for any default; files of configuration could say it up to version 4
+        value = FIELDS[name].default
+    elif type(value) is bool and kind is int:
+        value = int(value)
     if type(value) is not kind:
         raise UsageError(f"{where} has a configuration with {name}={value!r:.100}; it must be of type {kind.__name__}.")
     return value

@@ -118,17 +118,17 @@ def train(config: ConfigDict, workdir: str) -> None:
 
                 if step > started_at and (to_sample or to_evaluate or to_save):
                     reporter.write()
+                    if to_save:  # first: the rest may take minutes, and no signal ends it
+                        with clock.phase("checkpoint"):
+                            checkpoints.save(step, state, meta, sorted(bad.seen))
+                        reporter.saving(step)
+                        watch.saved()
                     if to_sample:
                         with clock.phase("eval"):
                             reporter.picture(step, sample_grid(state.ema))
                     if to_evaluate:
                         with clock.phase("eval"):
                             evaluation(step, state.ema)
-                    if to_save:
-                        with clock.phase("checkpoint"):
-                            checkpoints.save(step, state, meta, sorted(bad.seen))
-                        reporter.saving(step)
-                        watch.saved()
                 if ending:
                     break
 

@@ -18,6 +18,7 @@ from deco_jax.sampling.pictures import save_png
 from deco_jax.storage import Mirror
 from deco_jax.training.goodput import Clock, Goodput
 from deco_jax.training.online import Evaluated
+from deco_jax.training.tensorboard import TensorBoard
 
 COPY_EVERY = 60.0  # seconds between copies of what was written, where the workdir is in a bucket
 SLOW_DATA = 0.05  # share of the time for which devices may wait for data before the log says it
@@ -197,12 +198,10 @@ class Writers:
     """
 
     def __init__(self, mirror: Mirror):
-        import tensorboardX  # imports torch where that is installed, so not before a run needs it
-
         self.folder, self.path = mirror.folder, mirror.fetch("metrics.jsonl")
         mirror.fetch("evaluation.jsonl")
         self.jsonl = self._open()
-        self.tensorboard = tensorboardX.SummaryWriter(str(self.folder / "tensorboard"))
+        self.tensorboard = TensorBoard(self.folder / "tensorboard")
 
     def _open(self) -> Any:
         return self.path.open("a", buffering=1, encoding="utf-8")
@@ -214,15 +213,13 @@ class Writers:
             if self.jsonl.closed:  # it could not be opened again
                 self.jsonl = self._open()
             self.jsonl.write(json.dumps({"step": step, "time": time.time(), **line}) + "\n")
-            for name, value in line.items():
-                if value is not None:
-                    self.tensorboard.add_scalar(name, value, step)
+            self.tensorboard.scalars(step, {name: value for name, value in line.items() if value is not None})
 
     def picture(self, step: int, grid_HxWx3: np.ndarray) -> None:
         """Keeps a grid of samples (uint8) as a file, and shows it in TensorBoard."""
         with going_on("samples"):
             save_png(grid_HxWx3, self.folder / "samples" / f"step_{step:08d}.png")
-            self.tensorboard.add_image("samples", grid_HxWx3, step, dataformats="HWC")
+            self.tensorboard.picture(step, "samples", grid_HxWx3)
 
     def evaluation(self, found: Evaluated) -> None:
         """Adds a line to `evaluation.jsonl`, and the metrics to TensorBoard."""
@@ -230,8 +227,7 @@ class Writers:
         with going_on("evaluation.jsonl"):
             with (self.folder / "evaluation.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            for name, value in found.metrics.items():
-                self.tensorboard.add_scalar(f"evaluation/{name}", value, found.step)
+            self.tensorboard.scalars(found.step, {f"evaluation/{name}": v for name, v in found.metrics.items()})
 
     def flush(self) -> None:
         """What was written so far outlives this process, also in a mounted bucket, which stores what is closed."""

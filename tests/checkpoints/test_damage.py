@@ -233,6 +233,29 @@ def test_a_save_that_fails_is_followed_by_the_next_or_ends_as_transient(tmp_path
     assert store.find_checkpoint(str(tmp_path))[1] >= 3
 
 
+def test_a_disk_that_was_full_takes_the_next_save(tmp_path, monkeypatch, caplog):
+    """TensorStore has a bare ValueError for it."""
+    checkpoints = store.Checkpoints(tmp_path, keep=3, keep_every=0)
+    failing, finalize = [1, 3], checkpoints.manager._finalize_checkpoint
+
+    def fail(step):
+        if step in failing:
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nand pages more")
+        finalize(step)
+
+    monkeypatch.setattr(checkpoints.manager, "_finalize_checkpoint", fail)
+    checkpoints.save(1, state(1), new_meta())
+    checkpoints._noting.join()
+    assert "1 could not be saved; the next save says why" in caplog.text
+    checkpoints.save(2, state(2), new_meta())
+    assert "No space left on device. Step 2 is saved instead" in caplog.text
+    checkpoints.save(3, state(3), new_meta())
+    with pytest.raises(UsageError, match="saving to .* failed: RESOURCE_EXHAUSTED: No space left on device$"):
+        checkpoints.wait()
+    checkpoints.close()
+    assert store.find_checkpoint(str(tmp_path))[1] >= 2
+
+
 @pytest.mark.parametrize("name, reason", [("nowhere", "does not exist"), ("private", "Credentials")])
 def test_a_bucket_that_cannot_be_read_is_bad_input(bucket, name, reason):
     with pytest.raises(UsageError, match=reason):

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from deco_jax.errors import AgreedError, AgreedTransient, TransientError, UsageError
-from deco_jax.parallel import processes
+from deco_jax.parallel import hardware, processes
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -83,6 +83,18 @@ def test_tpus():
     assert processes.decide({**one_host, "MEGASCALE_NUM_SLICES": "2"}, tpu_vm=True).arguments == {}
     assert processes.decide({}, tpu_vm=True).arguments == {}
     assert processes.decide({"TPU_SKIP_MDS_QUERY": "1"}, tpu_vm=True).arguments is None
+
+
+@pytest.mark.parametrize("devices, has", [({}, False), ({"0x0042"}, False), ({"0x001f", "0x0063"}, True)])
+def test_a_machine_of_google_without_a_tpu(tmp_path, monkeypatch, devices, has):
+    """Its network card and disks are Google's as well."""
+    monkeypatch.setattr(hardware, "PCI", tmp_path)
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: object())
+    for device in devices:
+        (tmp_path / device).mkdir()
+        (tmp_path / device / "vendor").write_text("0x1ae0\n")
+        (tmp_path / device / "device").write_text(f"{device}\n")
+    assert hardware.has_tpu() is has
 
 
 def test_an_error_is_the_others_only_if_it_says_so():
