@@ -244,8 +244,10 @@ def test_a_disk_that_was_full_takes_the_next_save(tmp_path, monkeypatch, caplog)
         finalize(step)
 
     monkeypatch.setattr(checkpoints.manager, "_finalize_checkpoint", fail)
-    checkpoints.save(1, state(1), new_meta())
-    checkpoints._noting.join()
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "is_complete", lambda folder: False)
+        checkpoints.save(1, state(1), new_meta())
+        checkpoints._noting.join()
     assert "1 could not be saved; the next save says why" in caplog.text
     checkpoints.save(2, state(2), new_meta())
     assert "No space left on device. Step 2 is saved instead" in caplog.text
