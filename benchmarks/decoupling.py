@@ -1,6 +1,7 @@
 """Does DeCo draw better images than a DiT of its size, and does its transformer leave high frequencies to the decoder?
 
 python benchmarks/decoupling.py OUT                              digits, on a CPU
+python benchmarks/decoupling.py OUT2 --lr 1e-3                   the same, at a rate at which no training fails
 python benchmarks/decoupling.py OUT --recipe food                photos of food at 64², in patches of 8; on a CPU
 python benchmarks/decoupling.py OUT2 --recipe food --steps 6000 --seeds 0 --systems baseline DeCo     trained for longer
 python benchmarks/decoupling.py OUT --recipe food128             the same at 128², in patches of 16; for a GPU

@@ -51,7 +51,7 @@ DIGITS = {
     "model.decoder_depth": 2,
     "model.dtype": "float32",
     "model.scan": False,
-    "optimizer.lr": 3e-3,
+    "optimizer.lr": 3e-3,  # the baseline's; DeCo with L_freq fails with some seeds of digits, see docs/decoupling.md
     "train.steps": 2000,
     "sample.steps": 20,
     "sample.num": 1000,
