@@ -239,7 +239,7 @@ def _look_at(job: Job, asked: dict[str, Any]) -> str:
     except ValueError as error:
         what = f"{min(made)}, and no {EVALUATION} that says of what"
         raise UsageError(f"{job.name} holds {what}; choose another folder.") from error
-    there = as_now(there, asked)
+    there = as_now({"text_encoder": asked.get("text_encoder")} | there, asked)  # which was not kept once
     different = [
         f"{key}: {there.get(key)} there, {asked.get(key)} here"
         for key in dict.fromkeys([*there, *asked])

@@ -91,7 +91,7 @@ def measure_sweep(request: Request, judge: Judge, out: str, fields: dict[str, li
     """
     with open_job("--out", out) as job:
 
-        def look() -> tuple[list[dict[str, Any]], list[Request]]:
+        def look() -> tuple[list[dict[str, Any]], list[Request], int]:
             require_matplotlib()
             if not request.is_network:
                 raise UsageError(f"--sweep needs a network; {request.source} holds images, already drawn.")
@@ -106,18 +106,20 @@ def measure_sweep(request: Request, judge: Judge, out: str, fields: dict[str, li
             requests = [dataclasses.replace(same, sampling={**request.sampling, **point}) for point in points]
             for one in requests:
                 look_into(one, judge)
-            return points, requests
+            return points, requests, len(before)
 
-        points, requests = processes.agree(look)
+        points, requests, known = processes.agree(look)
         processes.assert_equal("the points", json.dumps([point_name(point) for point in points]))
         job.claim()
-        cache, done = job.folder / ".reference", []
+        cache, done = job.folder / ".reference", points[:known]
         for k, (point, one) in enumerate(zip(points, requests, strict=True)):
             job.check()
             job.say(f"\nPoint {k + 1} of {len(points)}: {point_name(point)}")
             if job.stop or not measure(one, judge, f"{job.folder / point_name(point)}", cache, keep=False):
                 job.say(f"\n{len(done)} of {len(points)} points are done. The same command goes on.")
                 return False
+            if k < known:
+                continue
             done.append(point)
             processes.agree(lambda: _write(job.folder, done, len(points)) if job.first else None)
         if job.first:

@@ -131,7 +131,10 @@ def _strange(folder: AnyPath) -> str | None:
     for path in sorted(folder.iterdir()):
         if path.name == store.FOLDER:
             steps = list(path.iterdir())
-            converted = [store.is_complete(p) and "converted_from" in store.read_meta(path, int(p.name)) for p in steps]
+            converted = [
+                p.name.isdigit() and store.is_complete(p) and "converted_from" in store.read_meta(path, int(p.name))
+                for p in steps
+            ]
             if converted != [True]:
                 return f"{store.FOLDER} of a run, or of another tool" if steps else store.FOLDER
         elif path.is_dir():
@@ -165,7 +168,7 @@ def read(
     else:
         print(f"{source} has one set of weights; it serves as EMA and online weights.")
         bundle.ema = bundle.online = networks.read_network(stored, stored.sets[0], _bar("weights"))
-    if projector and "projector" in stored.networks:
+    if projector and "projector" in stored.networks and (train_state or len(wanted) == 2):
         bundle.projector = networks.read_projector(stored)
     if train_state:
         if bundle.projector is not None:

@@ -83,7 +83,7 @@ def write_ckpt(bundle: Bundle, path: pathlib.Path) -> None:
     content = {
         "epoch": 0,
         "global_step": bundle.step,
-        "loops": _loops(bundle.step),
+        **({} if bundle.moments is None else {"loops": _loops(bundle.step)}),
         "pytorch-lightning_version": "2.4.0",
         **_about(bundle),
         "state_dict": {
@@ -105,7 +105,8 @@ def _loops(step: int) -> dict[str, Any]:
         "step": {"total": ready, "current": ready},
         "zero_grad": {"total": started, "current": started},
     }
-    return {
+    others = {f"{name}_loop": {"state_dict": {}} for name in ("validate", "test", "predict")}
+    return others | {
         "fit_loop": {
             "state_dict": {},
             "epoch_loop.state_dict": {"_batches_that_stepped": step},

@@ -22,6 +22,7 @@ from deco_jax.training.hooks import Profile, SampleGrids
 from deco_jax.training.online import OnlineEvaluation
 from deco_jax.training.optimizer import check_schedule
 from deco_jax.training.report import Reporter, data_in_words
+from deco_jax.training.state import TrainState
 from deco_jax.training.step import jit_step, step_flops
 from deco_jax.training.watch import Watch
 from deco_jax.version import __version__
@@ -99,6 +100,13 @@ def train(config: ConfigDict, workdir: str) -> None:
         sample_grid = SampleGrids(config, train_step.network, layout, prompts)
         evaluation = OnlineEvaluation(config, train_step.network, layout, judge)
         job.closing.callback(evaluation.close)
+
+        def save(step: int, state: TrainState) -> None:
+            with clock.phase("checkpoint"):
+                checkpoints.save(step, state, meta, sorted(bad.seen))
+            reporter.saving(step)
+            watch.saved()
+
         started_at, batches = step, pipeline.batches(config.data, config.seed, source, step, rows, *beside)
         with meshes.use_mesh(layout), contextlib.closing(Feed(batches, job.stop)) as feed:
             while True:
@@ -118,17 +126,16 @@ def train(config: ConfigDict, workdir: str) -> None:
 
                 if step > started_at and (to_sample or to_evaluate or to_save):
                     reporter.write()
-                    if to_save:  # first: the rest may take minutes, and no signal ends it
-                        with clock.phase("checkpoint"):
-                            checkpoints.save(step, state, meta, sorted(bad.seen))
-                        reporter.saving(step)
-                        watch.saved()
+                    if to_save and not finished:  # first: the rest may take minutes, and no signal ends it
+                        save(step, state)
                     if to_sample:
                         with clock.phase("eval"):
                             reporter.picture(step, sample_grid(state.ema))
                     if to_evaluate:
                         with clock.phase("eval"):
                             evaluation(step, state.ema)
+                    if to_save and finished:  # last: a run that is done draws nothing more
+                        save(step, state)
                 if ending:
                     break
 
