@@ -375,7 +375,7 @@ def _readable(path: AnyPath) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # Orbax raises bare ones
-            if isinstance(error, UsageError | MemoryError | jax.errors.JaxRuntimeError) or is_transient(error):
+            if _is_clear(error):
                 raise
             raise UsageError(f"{path} cannot be read: {_reason(error)}. Name an earlier checkpoint.") from error
 
@@ -387,7 +387,7 @@ def _failure_told(what: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # TensorStore has bare ones, for a full disk too
-            if isinstance(error, UsageError | MemoryError | jax.errors.JaxRuntimeError) or is_transient(error):
+            if _is_clear(error):
                 raise
             raise UsageError(f"{what} failed: {_reason(error)}") from error
 
@@ -403,6 +403,13 @@ def _transient_told(what: str) -> Iterator[None]:
         if not is_transient(error):
             raise
         raise TransientError(f"{what} failed ({_reason(error)})") from error
+
+
+def _is_clear(error: BaseException) -> bool:
+    """Whether `error` says what it is, and no file is to blame: jax's collectives raise bare ones too."""
+    kinds = UsageError | MemoryError | jax.errors.JaxRuntimeError
+    lost = jax.process_count() > 1 and processes.says_loss(error)
+    return lost or isinstance(error, kinds) or is_transient(error)
 
 
 def _reason(error: BaseException) -> str:

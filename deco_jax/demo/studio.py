@@ -47,6 +47,7 @@ class Studio:
     """A trained network, ready to draw; see `open_studio`."""
 
     found: Pretrained
+    fingerprint: str  # of `found`; of a checkpoint that is replaced meanwhile, the one that was opened
     weights: str
     model: nn.Module
     params: Any
@@ -129,7 +130,8 @@ class Studio:
 
     def describe(self, wish: Wish) -> dict[str, Any]:
         """How the images of a wish are drawn, under the names of `deco sample`'s sample.json."""
-        how = {"source": self.name, "weights": self.weights, "dtype": self.found.config.model.dtype, "seed": wish.seed}
+        how = {"source": self.name, "fingerprint": self.fingerprint, "weights": self.weights}
+        how |= {"dtype": self.found.config.model.dtype, "seed": wish.seed}
         how |= {"labels": [wish.request], "negative": wish.negative, "image_size": list(wish.size)}
         how |= dataclasses.asdict(wish.settings) | {"guidance_interval": list(wish.settings.guidance_interval)}
         return how | ({} if self.encoder is None else {"text_encoder_digest": self.encoder.weights.digest})
@@ -162,7 +164,8 @@ def open_studio(
         raise UsageError(f"--text-encoder={text_encoder} is for networks that are told text; this one knows classes.")
     encoder = open_encoder(found, text_encoder) if is_text else None
     params = jax.device_put(found.read(weights), meshes.replicated(meshes.local_layout().mesh))
-    return Studio(found, weights, model, params, encoder, limits, () if is_text else found.class_names)
+    class_names = () if is_text else found.class_names
+    return Studio(found, found.fingerprint, weights, model, params, encoder, limits, class_names)
 
 
 def save_drawn(drawn: Drawn, folder: pathlib.Path) -> tuple[list[pathlib.Path], pathlib.Path | None]:

@@ -204,6 +204,14 @@ def fail_together(closing: contextlib.ExitStack | None = None) -> Iterator[None]
         raise broken_run(error) from error
 
 
+def says_loss(error: BaseException) -> bool:
+    """Whether `error` says that another process of this run went away."""
+    signs = SIGNS_OF_LOSS
+    if isinstance(error, jax.errors.JaxRuntimeError | TimeoutError):
+        signs += SIGNS_FROM_JAX
+    return any(sign in str(error).lower() for sign in signs)
+
+
 def broken_run(error: BaseException) -> BrokenRun:
     """What `error`, raised by this process of several and not agreed on, means for the run."""
     where = f"process {jax.process_index()} on {socket.gethostname()} stops"
@@ -211,10 +219,7 @@ def broken_run(error: BaseException) -> BrokenRun:
         return BrokenRun(f"{where}: {error}", 2)
     if isinstance(error, KeyboardInterrupt):
         return BrokenRun(f"{where}: Ctrl-C, twice", 130)
-    signs = SIGNS_OF_LOSS
-    if isinstance(error, jax.errors.JaxRuntimeError | TimeoutError):
-        signs += SIGNS_FROM_JAX
-    if any(sign in str(error).lower() for sign in signs):
+    if says_loss(error):
         reason = str(error).strip().splitlines()[0][:300]
         return BrokenRun(f"{where}: another process of this run ended or no longer answers ({reason})", 75)
     if is_transient(error):

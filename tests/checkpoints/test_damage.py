@@ -12,6 +12,7 @@ from deco_jax import storage
 from deco_jax.checkpoints import checksums, store
 from deco_jax.config import default_config
 from deco_jax.errors import TransientError, UsageError
+from deco_jax.parallel import processes
 from deco_jax.training.state import TrainState
 
 
@@ -256,6 +257,22 @@ def test_a_disk_that_was_full_takes_the_next_save(tmp_path, monkeypatch, caplog)
         checkpoints.wait()
     checkpoints.close()
     assert store.find_checkpoint(str(tmp_path))[1] >= 2
+
+
+def test_a_process_that_is_lost_during_a_save_is_no_bad_input(tmp_path, monkeypatch):
+    """jax's collectives, which Orbax calls, have a bare ValueError for it."""
+    checkpoints = store.Checkpoints(tmp_path, keep=3, keep_every=0)
+
+    def fail(*args, **kwargs):
+        raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.manager, "save", fail)
+        patch.setattr(jax, "process_count", lambda: 2)
+        with pytest.raises(ValueError, match="^UNKNOWN: Gloo") as raised:
+            checkpoints.save(1, state(1), new_meta())
+    assert processes.broken_run(raised.value).code == 75
+    checkpoints.close()
 
 
 @pytest.mark.parametrize("name, reason", [("nowhere", "does not exist"), ("private", "Credentials")])
