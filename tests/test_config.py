@@ -76,6 +76,12 @@ def test_a_value_beyond_its_range_is_refused(name):
         field.check(name, value)
 
 
+def test_a_number_without_a_range_is_finite():
+    for value in (float("inf"), float("nan")):
+        with pytest.raises(UsageError, match=f"loss.frequency_gamma={value} must be a finite number"):
+            check_config(with_value("loss.frequency_gamma", value))
+
+
 @pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.choices])
 def test_an_unknown_choice_is_refused(name):
     with pytest.raises(UsageError) as error:

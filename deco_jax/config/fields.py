@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import numbers
 import sys
 from typing import Any, Literal
@@ -45,6 +46,8 @@ class Field:
             bounded = self.high < sys.float_info.max
             allowed = self.must or (f"from {self.low} to {self.high}" if bounded else f"{self.low} or more")
             raise UsageError(f"{name}={value} must be {allowed}.")
+        if numeric and not math.isfinite(value):
+            raise UsageError(f"{name}={value} must be a finite number.")
 
 
 BELOW_1 = 0.999999  # in fp32 as well
