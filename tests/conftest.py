@@ -6,7 +6,9 @@ import tempfile
 
 # Tests and the processes they start compile the same small programs again and again.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="deco_jax_tests_"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# What is tested is what a program computes; compiling takes most of the time, and optimising half of that.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # where libtpu or CUDA is installed, too
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA's older code for CPUs compiles sooner
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
@@ -17,18 +19,23 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 import json
 
+import orbax.checkpoint as ocp
 import pytest
 
 from tests.bucket import bucket, emulator  # noqa: F401
 from tests.helpers import GOLDEN, new_tiny_config
 
+# Of an array that eight devices hold each writes an eighth: thousands of slices for a tiny network, most of a save's
+# time. Runs of several processes, which are started, save as users do.
+ocp.type_handlers.get_type_handler(jax.Array)._min_slice_bytes_for_replica_parallel = 2**20
+
 
 @pytest.fixture(scope="module")
-def quick_compile():
-    """For tests of what a program computes, not of how it is compiled: most of XLA's optimisations off."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimised():
+    """For tests of programs as users compile them."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

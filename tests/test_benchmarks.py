@@ -311,7 +311,6 @@ def assert_timed(contenders):
         assert len(contender["seconds"]) == 2 and min(contender["seconds"]) > 0, contender["name"]
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.slow
 def test_a_training_step_is_timed_beside_pytorchs_which_computes_the_same(run_speed):
     """Losses and gradients, with a teacher in the step; and a variant goes on with the same state."""
@@ -328,7 +327,6 @@ def test_a_training_step_is_timed_beside_pytorchs_which_computes_the_same(run_sp
     assert results["ratios"].keys() == {ours["name"], variant["name"]}
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.slow
 def test_drawing_is_timed_beside_pytorchs_which_draws_the_same(run_speed):
     pytest.importorskip("torch")
@@ -340,7 +338,6 @@ def test_drawing_is_timed_beside_pytorchs_which_draws_the_same(run_speed):
     assert "most images/s at 3 steps: deco_jax" in printed
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("part", ["frequency_loss", "pixel_decoder", "attention"])
 def test_parts_are_timed_beside_pytorchs_which_compute_the_same(run_speed, part):
     pytest.importorskip("torch")

@@ -22,7 +22,6 @@ from deco_jax.parallel import mesh as meshes
 from deco_jax.training.start import abstract_state
 from deco_jax.training.step import make_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 DECO_L = str(ROOT / "configs" / "imagenet256_deco_l.py")

@@ -4,7 +4,7 @@ Axis letters: B batch, N tokens, L text tokens, h heads, e channels of a head, k
 """
 
 import functools
-import importlib.util
+import importlib.metadata
 from collections.abc import Callable
 
 import jax
@@ -101,14 +101,18 @@ def _refused_by_cudnn(qkv_BxNx3xHxE: Array, *others: object) -> str:
     if e % 8 or e > 128:
         return f"cuDNN's flash attention takes heads of a multiple of 8 channels up to 128, not {e}"
     if jax.default_backend() != "gpu":  # compiled ahead, for GPUs that `deco plan` knows: they are all new enough
-        there = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cudnn")
-        return (
-            "" if there else "where there is no GPU, cuDNN comes with `pip install nvidia-cudnn-cu13`, which is missing"
-        )
+        missing = "where there is no GPU, cuDNN comes with `pip install nvidia-cudnn-cu13`, which is missing"
+        return "" if _has_cudnn() else missing
     capability = jax.local_devices()[0].compute_capability
     if capability.replace(".", "").isdigit() and float(capability) >= 8:
         return ""
     return f"cuDNN's flash attention needs an NVIDIA GPU of compute capability 8.0, not {capability}"
+
+
+def _has_cudnn() -> bool:
+    """Whether the package is installed; a folder that it left behind is none."""
+    names = ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+    return any(True for name in names for _ in importlib.metadata.distributions(name=name))
 
 
 _cudnn = functools.partial(_library, implementation="cudnn")

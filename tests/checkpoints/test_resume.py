@@ -13,7 +13,6 @@ from deco_jax.config import FIELDS, default_config, save_config
 from deco_jax.errors import UsageError
 from deco_jax.training.loop import train
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 SAFE = (
     "optimizer.",
     "ema.",

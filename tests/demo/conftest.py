@@ -1,6 +1,5 @@
 """Two runs that have just begun, of classes and of text, for the page to open."""
 
-import jax
 import pytest
 from PIL import Image
 
@@ -28,10 +27,8 @@ def runs(tmp_path_factory):
     text.data.update(source="captions", path=str(root / "images"), image_size=16, batch_size=8)
     text.text.encoder = str(root / "qwen")
     text.sample.update(guidance=4.0, solver="adams2", shift=3.0, steps=5, prompts=("a red circle",))
-    jax.config.update("jax_disable_most_optimizations", True)
     for name, config in (("class", classes), ("text", text)):
         config.train.update(steps=1, save_every=1)
         config.optimizer.lr, config.ema.decay = 0.1, 0.0  # one step that makes more of noise than noise
         train(config, str(root / name))
-    jax.config.update("jax_disable_most_optimizations", False)
     return {"class": str(root / "class"), "text": str(root / "text")}

@@ -15,7 +15,6 @@ from deco_jax.errors import UsageError
 from deco_jax.generation import folder as sampled
 
 pytest.importorskip("tokenizers")
-pytestmark = pytest.mark.usefixtures("quick_compile")
 CLASS = Fields("3", "", 2, 7, 14, 28, False, 4, 2.5, 0.2, 0.9, "euler_sde", 2.0)
 TEXT = Fields("a red circle", "a blue circle", 2, 7, 16, 24, False, 5, 3.0, 0.0, 1.0, "adams2", 3.0)
 

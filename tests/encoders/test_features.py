@@ -21,8 +21,6 @@ from tests.encoders.test_dinov2 import randomise
 from tests.encoders.test_teacher import random_dinov2
 from tests.helpers import relative_error
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def images(number, height=32, width=32):
     return np.random.default_rng(0).integers(0, 256, (number, height, width, 3), dtype=np.uint8)

@@ -25,7 +25,6 @@ from deco_jax.training.step import make_train_step, step_flops
 from tests.encoders import hugging_face
 from tests.helpers import random_dinov2, relative_error
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 WIDTH = 64  # one head
 
 

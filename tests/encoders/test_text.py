@@ -15,7 +15,6 @@ from deco_jax.parallel import mesh as meshes
 from tests.helpers import Golden, new_tiny_config, relative_error
 
 tokenizers = pytest.importorskip("tokenizers")
-pytestmark = pytest.mark.usefixtures("quick_compile")
 WORDS = ["a", "red", "blue", "circle", "<|endoftext|>", "[UNK]"]
 
 

@@ -3,12 +3,9 @@
 import os
 import time
 
-import jax
-
 from deco_jax import cli
 from deco_jax.evaluation import extract
 
-jax.config.update("jax_disable_most_optimizations", True)
 extract.SHARD_IMAGES, compute = 8, extract._compute
 
 

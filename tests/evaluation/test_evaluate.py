@@ -24,7 +24,6 @@ from deco_jax.evaluation.evaluate import evaluate
 from deco_jax.evaluation.stats import compute_stats
 from tests.helpers import GOLDEN, programs
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 LIGHTNING, SIDE = str(GOLDEN / "lightning_c2i.ckpt"), 16
 DRAW = {"image_size": str(SIDE), "steps": 2, "dtype": "float32", "batch_size": 8}
 

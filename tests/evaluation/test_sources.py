@@ -24,7 +24,6 @@ def reference(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 def test_every_kind_of_source_is_generated_from_and_evaluated(reference, tmp_path):
     pytest.importorskip("torch", reason=".pt and .ckpt are written by it")
     sources = {"ckpt": LIGHTNING}

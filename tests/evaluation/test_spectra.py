@@ -28,7 +28,6 @@ from deco_jax.sampling.settings import Sampling
 from tests.helpers import Golden, relative_error
 
 LIGHTNING = str(pathlib.Path(__file__).parents[1] / "golden" / "lightning_c2i.ckpt")
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 # ITU-T T.81, figure A.6: the place of each coefficient in the zig-zag sequence; rows are vertical frequencies.
 JPEG = """

@@ -16,8 +16,6 @@ from deco_jax.evaluation.evaluate import evaluate
 from deco_jax.evaluation.extract import Extraction
 from deco_jax.evaluation.stats import compute_stats
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):

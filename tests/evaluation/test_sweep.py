@@ -16,7 +16,6 @@ from deco_jax.evaluation.stats import compute_stats
 from deco_jax.evaluation.sweep import parse_sweep, point_name
 from tests.helpers import GOLDEN
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 LIGHTNING = str(GOLDEN / "lightning_c2i.ckpt")
 TWO = ["guidance=1,3", "guidance_interval=0:1,0.3:1"]
 

@@ -272,7 +272,6 @@ def test_states_of_prompts_are_ours(prompted, ours):
         assert relative_error(a, b) < 2e-5, row
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.slow
 def test_images_of_prompts_are_ours(prompted, ours):
     _, made, _ = prompted

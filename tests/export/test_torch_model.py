@@ -25,7 +25,6 @@ from deco_jax.export.torch_model import DeCo, infer_architecture, to_uint8  # no
 from deco_jax.weights import translate  # noqa: E402
 from tests.helpers import Golden, relative_error  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 torch.set_num_threads(1)  # the networks are tiny
 CASES = ["deco_c2i", "deco_c2i_wide", "deco_t2i"]
 FILE = pathlib.Path(torch_model.__file__)

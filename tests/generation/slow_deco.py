@@ -3,12 +3,9 @@
 import os
 import time
 
-import jax
-
 from deco_jax import cli
 from deco_jax.generation import packing, plan, shards
 
-jax.config.update("jax_disable_most_optimizations", True)
 SECONDS = float(os.environ.get("DECO_TEST_SECONDS", "0"))
 plan.SHARD_IMAGES, generate, read_shards, remove = 8, shards.generate, packing.read_shards, packing.remove
 

@@ -58,7 +58,6 @@ def test_a_grid_has_a_row_for_each_label():
     assert _grid_by_label(images, 7).shape == (1, 13, 3) and _grid_by_label(images, 1).shape == (1, 13, 3)
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_images_come_in_order_whatever_the_batch():
     """Eight devices: eleven images in batches of 8, the last one filled up, and in one of 16."""
     g = Golden("deco_c2i")
@@ -93,7 +92,6 @@ def test_the_numbers_that_are_missing():
     assert list(first) == [0, 2, 3], "a billion are counted, not listed"
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_pictures_are_added_to_those_of_the_same_settings(tmp_path, capsys, monkeypatch):
     """And to no others; with --overwrite all are drawn anew, and none of the old ones stay between the new."""
     straight, out = tmp_path / "straight", tmp_path / "out"
@@ -125,7 +123,6 @@ def test_pictures_are_added_to_those_of_the_same_settings(tmp_path, capsys, monk
     assert "already holds pictures; choose another folder or pass --overwrite" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_pictures_of_earlier_versions_are_added_to(tmp_path, capsys):
     """Their sample.json has a side, and nothing about a negative label."""
     main([*SAMPLE, "--num=2", "--out", str(tmp_path)])
@@ -149,7 +146,6 @@ def test_pictures_of_earlier_versions_are_added_to(tmp_path, capsys):
     assert f"in another way (fingerprint: {'0' * 32} there" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.slow
 def test_wide_pictures_led_away_from_a_class_and_their_ways(tmp_path, capsys):
     """trajectory.gif: the noise, two states on the way, the grid itself; the pictures are those without it."""
@@ -206,7 +202,6 @@ def test_ctrl_c_keeps_what_is_drawn_of_a_billion_images(tmp_path):
     assert count - int(told[1].replace(",", "")) in (0, 1), "the signal may come between writing and counting"
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_pictures_in_a_bucket(bucket, tmp_path, monkeypatch):
     """With one request in ten failing; and nothing is written beside the address, as ./gs:/bucket."""
     monkeypatch.chdir(tmp_path)

@@ -20,7 +20,6 @@ from tests.generation.texts import GENEVAL, write_dpg, write_geneval, write_text
 from tests.helpers import relative_error
 
 pytest.importorskip("tokenizers")
-pytestmark = pytest.mark.usefixtures("quick_compile")
 SMALL = {"image_size": "16", "steps": 2, "batch_size": 8, "guidance": 2.0}
 
 

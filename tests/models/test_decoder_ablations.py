@@ -14,7 +14,6 @@ from deco_jax.models.flops import forward_flops
 from deco_jax.models.pixel_decoder import PixelDecoder, pixel_position_features
 from tests.helpers import relative_error
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 P, D = 4, 6  # a patch's side, and a token's channels
 DECODERS = [(1, "adaln"), (1, "add"), (2, "adaln"), (4, "adaln"), (4, "add")]
 

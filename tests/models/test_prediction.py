@@ -12,7 +12,6 @@ from deco_jax.errors import UsageError
 from deco_jax.training.step import make_train_step
 from tests.helpers import Golden, relative_error
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 CASES = {"deco": "deco_c2i", "baseline": "baseline_dit", "pixnerd": "pixnerd"}
 
 

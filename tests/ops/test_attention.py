@@ -1,5 +1,6 @@
 """Attention's implementations agree, on odd sizes and on several devices; what cannot run says why."""
 
+import importlib.metadata
 import importlib.util
 
 import jax
@@ -17,7 +18,6 @@ from deco_jax.parallel import mesh as meshes
 from deco_jax.planning.topology import make_devices, parse_topology
 from tests.helpers import relative_error
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 REFERENCE = TABLE[-1].run
 
 
@@ -157,7 +157,7 @@ def test_what_cannot_run_says_why(name, case, monkeypatch):
     sizes = {"batch": 1, "tokens": 8, "heads": 1, "head_dim": 16, "dtype": jnp.bfloat16, "angles": False} | changed
     arguments, _ = draw(**sizes)
     if "pip install" in reason:  # torch for CUDA brings it along
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(importlib.metadata, "distributions", lambda **name: iter(()))
     with pytest.raises(UsageError, match=f"model.attention='{name}' cannot run here: .*{reason}"):
         jax.eval_shape(lambda: attention(*arguments, name))
 

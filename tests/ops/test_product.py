@@ -16,8 +16,6 @@ from deco_jax.ops.product import Part, gradients_in, look_up, product
 from deco_jax.parallel import mesh as meshes
 from tests.helpers import Golden, relative_error
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def draw(*shapes):
     rng = np.random.default_rng(0)

@@ -18,11 +18,11 @@ from deco_jax.training.step import jit_step, make_train_step
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 import equivalence
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "split_everything")
+pytestmark = pytest.mark.usefixtures("split_everything")
 
 
 @pytest.fixture(scope="module")
-def reference(quick_compile, split_everything):
+def reference(split_everything):
     return equivalence.compute({}, jax.devices()[:1])[:2]
 
 
@@ -60,7 +60,7 @@ def test_nor_do_rules_of_ones_own(reference, rules, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def text_reference(quick_compile, split_everything):
+def text_reference(split_everything):
     return equivalence.compute(equivalence.TEXT, jax.devices()[:1])[:2]
 
 

@@ -15,7 +15,7 @@ from deco_jax.training.start import abstract_state
 from deco_jax.training.step import is_matrix, jit_step, make_train_step
 from tests.helpers import relative_error
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "split_everything")
+pytestmark = pytest.mark.usefixtures("split_everything")
 
 
 @pytest.fixture

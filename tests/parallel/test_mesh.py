@@ -16,8 +16,6 @@ from deco_jax.parallel import mesh as meshes
 from deco_jax.training.start import abstract_state, check_devices
 from deco_jax.training.step import make_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def sizes(data=-1, fsdp=1, tensor=1, slices=1):
     return ConfigDict({"preset": "data", "slices": slices, "data": data, "fsdp": fsdp, "tensor": tensor})

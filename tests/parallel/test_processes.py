@@ -16,8 +16,6 @@ from deco_jax.parallel import mesh as meshes
 from deco_jax.training.loop import train
 from tests.parallel.processes.harness import CONFIG, Processes, assert_close, batches, final_state, losses
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def run_here(workdir, devices, monkeypatch, steps=6, preset="fsdp"):
     """The same run in this process, on some of its devices: hashes of its batches."""

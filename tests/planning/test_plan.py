@@ -38,15 +38,13 @@ TINY = [
     )
 ]
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def tiny_plan(topology, *overrides, **options):
     return plan.plan(CONFIG, [*TINY, *overrides], topology, **options)
 
 
 @pytest.fixture(scope="module")
-def simulated(quick_compile):
+def simulated():
     """Reports of the tiny run over 8 simulated devices, by preset; everything that divides is split."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(meshes, "SMALL", 0)

@@ -32,7 +32,6 @@ from deco_jax.weights.files import open_weights
 from tests.helpers import Golden, new_tiny_config, relative_error
 
 LIGHTNING = str(pathlib.Path(__file__).parents[1] / "golden" / "lightning_c2i.ckpt")
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(scope="module")

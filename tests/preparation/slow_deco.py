@@ -3,12 +3,9 @@
 import os
 import time
 
-import jax
-
 from deco_jax import cli
 from deco_jax.preparation import arrays
 
-jax.config.update("jax_disable_most_optimizations", True)
 arrays.FILE_BYTES, compute = 4 * 4 * 64 * 2 + 1, arrays._compute
 
 

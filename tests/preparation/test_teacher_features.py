@@ -32,7 +32,6 @@ from deco_jax.preparation.teacher import prepare_teacher
 from tests.helpers import programs, random_dinov2
 from tests.preparation.running import end_of, wait_for, write_config
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 COMPLETE, PARTIAL = "features.json", "features.partial.json"
 TOKENS, WIDTH = 4, 64  # of images of 32² and the teacher here
 RECORDS, A_FILE = 10, 4

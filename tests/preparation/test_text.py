@@ -22,7 +22,6 @@ from tests.encoders.test_text import WORDS, write_encoder
 from tests.helpers import relative_error
 from tests.preparation.running import write_config
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 pytest.importorskip("tokenizers")
 RECORDS, A_FILE, TOKENS, WIDTH = 10, 4, 12, 32
 CAPTIONS = ["a red circle", "a blue circle", "red", "a circle", "blue blue red " * 6]

@@ -25,7 +25,6 @@ from deco_jax.training.start import abstract_state, find_weights, first_state
 from deco_jax.training.step import make_train_step
 from tests.helpers import Golden, new_tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 BOTH = ("run", "x.ckpt")  # hold two sets of weights; the others one
 ONE = ("x.pt", "x.safetensors", "hf")
 

@@ -21,7 +21,6 @@ from deco_jax.training.start import find_weights
 from deco_jax.weights.files import open_weights
 from tests.helpers import Golden, relative_error
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 TARGETS = {"run": "checkpoint", "x.safetensors": "safetensors", "x.ckpt": "ckpt", "x.pt": "pt", "hf": "huggingface"}
 
 

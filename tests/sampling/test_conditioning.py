@@ -16,7 +16,6 @@ from deco_jax.sampling.solvers import SOLVERS
 from deco_jax.sampling.stepwise import sample_stepwise
 from tests.helpers import Golden, relative_error
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 NETWORKS = ("deco_c2i", "deco_t2i", "baseline_dit", "pixnerd")
 KEY = jax.random.key(3)
 GUIDANCE = {"most": (3.0, (0.0, 1.0)), "some": (3.0, (0.1, 0.6)), "none": (1.0, (0.0, 1.0))}

@@ -66,7 +66,6 @@ def test_an_image_depends_on_its_key_and_number_alone():
     assert len(np.unique(eight)) == eight.size
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("solver", ["euler_sde", "heun", pytest.param("heun_exact", marks=pytest.mark.slow), "adams4"])
 def test_solvers_draw_each_image_by_itself(solver):
     """Image 2 of four, and alone: also with draws on the way. Images are higher than wide."""

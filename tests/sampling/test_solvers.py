@@ -16,8 +16,6 @@ from deco_jax.sampling.settings import Sampling
 from deco_jax.sampling.solvers import SOLVERS, integrate
 from tests.helpers import Golden, recorded_sampler, relative_error
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 # Recorded runs: the solver, and how far the whole trajectory may be off. Upstream forms the coefficients of Adams in
 # fp32, where they lose digits; ours are exact.
 CASES = {

@@ -13,7 +13,6 @@ from deco_jax.sampling.solvers import SOLVERS
 from deco_jax.sampling.stepwise import compiled_step, sample_stepwise
 from tests.helpers import Golden, relative_error
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 G = Golden("deco_c2i")
 MODEL, PARAMS, KEY = G.model(), G.params(), jax.random.key(3)
 

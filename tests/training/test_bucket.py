@@ -15,7 +15,6 @@ from deco_jax.storage import to_path
 from deco_jax.training.loop import train
 from tests.parallel.processes.harness import Processes, assert_close, final_state
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 OWN_CACHE = {"JAX_COMPILATION_CACHE_DIR": None, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # in the workdir
 STEPS = "--config.train.steps=7"
 

@@ -48,7 +48,6 @@ def found(workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 def test_an_evaluation_finds_what_the_images_of_its_step_are(judge_files, tmp_path, capsys):
     """Against images drawn by the public function from the saved average, seen and scored in one go."""
     config = evaluating_config(judge_files)
@@ -69,7 +68,6 @@ def test_an_evaluation_finds_what_the_images_of_its_step_are(judge_files, tmp_pa
         np.testing.assert_allclose(last["metrics"][name], value, rtol=1e-3, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.slow
 def test_grids_and_evaluations_of_a_solver_that_draws_noise(judge_files, tmp_path):
     config = evaluating_config(judge_files)
@@ -80,7 +78,6 @@ def test_grids_and_evaluations_of_a_solver_that_draws_noise(judge_files, tmp_pat
     assert (tmp_path / "samples" / "step_00000002.png").exists()
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.slow
 def test_evaluations_compile_once_and_broken_images_end_no_run(judge_files, caplog):
     config = evaluating_config(judge_files)
@@ -123,7 +120,6 @@ def test_mistakes_are_found_before_anything_is_written(judge_files, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 def test_two_processes_find_what_one_finds(judge_files, tmp_path):
     """Two with two devices each, parameters split, and one with eight: only the first of the two writes."""
     flags = ["mesh.preset=fsdp", "train.evaluate_every=3", f"evaluate.num={NUMBER}", f"evaluate.batch_size={BATCH}"]

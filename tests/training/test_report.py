@@ -100,7 +100,6 @@ def test_other_processes_warn_of_their_own_disk(capsys, caplog, tmp_path, monkey
     assert re.fullmatch(r"Process 3, step 20: \d+ % waiting for data \(tars /data/train\.tar\)", warning)
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_a_run_whose_data_are_slow_says_so(tiny_config, tmp_path, monkeypatch, capsys):
     read = pipeline.batches
 

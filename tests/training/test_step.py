@@ -23,8 +23,6 @@ from deco_jax.training.start import abstract_state
 from deco_jax.training.step import jit_step, make_train_step
 from tests.helpers import relative_error
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def shaken(train_step):
     """A state off the published initialisation, which predicts exactly 0: every parameter has a gradient."""

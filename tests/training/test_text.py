@@ -20,7 +20,6 @@ from tests.helpers import relative_error
 from tests.training.test_loop import assert_same, final_state, logged
 from tests.training.test_step import shaken
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 pytest.importorskip("tokenizers")
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 

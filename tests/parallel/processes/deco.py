@@ -14,8 +14,6 @@ import time
 
 import jax
 
-jax.config.update("jax_disable_most_optimizations", True)
-
 from deco_jax import cli
 from deco_jax.data import pipeline
 from deco_jax.errors import UsageError
