@@ -165,6 +165,7 @@ def test_the_ablations_are_the_papers():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_of_each(the_program))
 def test_a_compared_run_trains_a_step(name):
     """Small, but for what it is about: the loss is finite and every parameter of the network moves."""

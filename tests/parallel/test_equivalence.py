@@ -26,7 +26,12 @@ def reference(split_everything):
     return equivalence.compute({}, jax.devices()[:1])[:2]
 
 
-@pytest.mark.parametrize("name", equivalence.CASES)
+QUICK = ("data", "fsdp", "fsdp_tensor", "zero1", "fsdp, 2 parts", "hybrid, 2 slices")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in equivalence.CASES]
+)
 def test_a_preset_changes_nothing(reference, name):
     *results, another_step, layout = equivalence.compute(equivalence.CASES[name], jax.devices())
     measured = equivalence.errors(reference, results)
