@@ -33,9 +33,12 @@ ocp.type_handlers.get_type_handler(jax.Array)._min_slice_bytes_for_replica_paral
 @pytest.fixture(scope="module")
 def optimised():
     """For tests of programs as users compile them."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.clear_caches()  # whose keys do not tell the two apart
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

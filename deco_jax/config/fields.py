@@ -27,7 +27,9 @@ class Field:
 
     default: Any
     meaning: str
-    low: float | None = None  # least value allowed; None = any here, some are checked with others (see check.py)
+    low: float | None = (
+        None  # least value allowed; None = any finite one here, some are checked with others (see check.py)
+    )
     high: float = sys.float_info.max  # greatest value allowed
     must: str = ""  # the range in words, where "… or more" and "from … to …" do not say it
     choices: tuple[str, ...] = ()
@@ -46,7 +48,7 @@ class Field:
             bounded = self.high < sys.float_info.max
             allowed = self.must or (f"from {self.low} to {self.high}" if bounded else f"{self.low} or more")
             raise UsageError(f"{name}={value} must be {allowed}.")
-        if numeric and not math.isfinite(value):
+        if numeric and not -math.inf < value < math.inf:
             raise UsageError(f"{name}={value} must be a finite number.")
 
 

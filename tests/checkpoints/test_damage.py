@@ -272,6 +272,15 @@ def test_a_process_that_is_lost_during_a_save_is_no_bad_input(tmp_path, monkeypa
         with pytest.raises(ValueError, match="^UNKNOWN: Gloo") as raised:
             checkpoints.save(1, state(1), new_meta())
     assert processes.broken_run(raised.value).code == 75
+
+    def full(*args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: /runs/nccl/7: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.manager, "save", full)
+        patch.setattr(jax, "process_count", lambda: 2)
+        with pytest.raises(UsageError, match="No space left"):
+            checkpoints.save(1, state(1), new_meta())
     checkpoints.close()
 
 

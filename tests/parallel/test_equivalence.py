@@ -27,6 +27,7 @@ def reference(split_everything):
 
 
 QUICK = ("data", "fsdp", "fsdp_tensor", "zero1", "fsdp, 2 parts", "hybrid, 2 slices")
+assert set(QUICK) <= set(equivalence.CASES)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ def recorded():
 
 
 @pytest.fixture(scope="module")
-def run(recorded):
+def run(recorded, optimised):
     return recorded.replay()
 
 
