@@ -116,9 +116,10 @@ def test_sigterm_saves_and_says_how_to_go_on(interrupted):
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_exactly(interrupted, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_resumes_exactly(interrupted, tmp_path, workers):
     """SIGKILL after a checkpoint, resume, and the same number of steps straight: bitwise equal weights."""
-    args = ["train", *TINY, "--config.train.save_every=4", "--config.data.workers=2"]
+    args = ["train", *TINY, "--config.train.save_every=4", f"--config.data.workers={workers}"]
     process = start(*args, f"--workdir={tmp_path}/a", "--config.train.steps=100000")
     for line in process.stdout:
         if line.startswith("step 1"):

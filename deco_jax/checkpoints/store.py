@@ -408,13 +408,9 @@ def _transient_told(what: str) -> Iterator[None]:
 def _is_clear(error: BaseException) -> bool:
     """Whether `error` says what it is, and no file is to blame: jax's collectives raise bare ones too."""
     kinds = UsageError | MemoryError | jax.errors.JaxRuntimeError
-    return isinstance(error, kinds) or is_transient(error) or _lost(error)
-
-
-def _lost(error: BaseException) -> bool:
-    """Whether another process of this run went away. Starts jax only if it sounds like that."""
-    full = "No space left" in str(error)  # and names a path, which may hold any word
-    return not full and processes.says_loss(error) and jax.process_count() > 1
+    if isinstance(error, kinds) or is_transient(error):
+        return True
+    return processes.says_loss(error) and jax.process_count() > 1  # in this order: counting starts jax
 
 
 def _reason(error: BaseException) -> str:

@@ -27,9 +27,7 @@ class Field:
 
     default: Any
     meaning: str
-    low: float | None = (
-        None  # least value allowed; None = any finite one here, some are checked with others (see check.py)
-    )
+    low: float | None = None  # least value allowed; None = any finite one; some are checked with others (check.py)
     high: float = sys.float_info.max  # greatest value allowed
     must: str = ""  # the range in words, where "… or more" and "from … to …" do not say it
     choices: tuple[str, ...] = ()

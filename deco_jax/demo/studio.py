@@ -47,7 +47,7 @@ class Studio:
     """A trained network, ready to draw; see `open_studio`."""
 
     found: Pretrained
-    fingerprint: str  # of `found`; of a checkpoint that is replaced meanwhile, the one that was opened
+    fingerprint: str  # of `found` as it was opened; what lies there may be replaced while the page is open
     weights: str
     model: nn.Module
     params: Any
@@ -163,9 +163,10 @@ def open_studio(
     if text_encoder is not None and not is_text:
         raise UsageError(f"--text-encoder={text_encoder} is for networks that are told text; this one knows classes.")
     encoder = open_encoder(found, text_encoder) if is_text else None
+    fingerprint = found.fingerprint
     params = jax.device_put(found.read(weights), meshes.replicated(meshes.local_layout().mesh))
     class_names = () if is_text else found.class_names
-    return Studio(found, found.fingerprint, weights, model, params, encoder, limits, class_names)
+    return Studio(found, fingerprint, weights, model, params, encoder, limits, class_names)
 
 
 def save_drawn(drawn: Drawn, folder: pathlib.Path) -> tuple[list[pathlib.Path], pathlib.Path | None]:

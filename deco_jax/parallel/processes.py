@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from deco_jax.errors import AgreedError, AgreedTransient, BrokenRun, UsageError
 from deco_jax.parallel.hardware import has_tpu
-from deco_jax.storage import is_transient
+from deco_jax.storage import is_transient, with_causes
 
 T = TypeVar("T")
 COORDINATOR = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -26,6 +26,7 @@ PASSES = "try again: "  # how the message of an error begins that passes by itse
 # In messages, when a process is gone: of collectives and jax's coordination service; and, from jax only, of transport.
 SIGNS_OF_LOSS = ("gloo", "nccl", "coordination", "heartbeat")
 SIGNS_FROM_JAX = ("connection", "socket closed", "unavailable", "barrier", "process 0")
+PATH = re.compile(r"(?<![^\s\"'(\[:=])(\w+:/)?/\S*")  # of a file, or an address: a run's folder may have any name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,11 +206,14 @@ def fail_together(closing: contextlib.ExitStack | None = None) -> Iterator[None]
 
 
 def says_loss(error: BaseException) -> bool:
-    """Whether `error` says that another process of this run went away."""
-    signs = SIGNS_OF_LOSS
-    if isinstance(error, jax.errors.JaxRuntimeError | TimeoutError):
-        signs += SIGNS_FROM_JAX
-    return any(sign in str(error).lower() for sign in signs)
+    """Whether `error`, or what it was raised from, says that another process of this run went away."""
+    for one in with_causes(error):
+        signs = SIGNS_OF_LOSS
+        if isinstance(one, jax.errors.JaxRuntimeError | TimeoutError):
+            signs += SIGNS_FROM_JAX
+        if any(sign in PATH.sub("", str(one)).lower() for sign in signs):
+            return True
+    return False
 
 
 def broken_run(error: BaseException) -> BrokenRun:

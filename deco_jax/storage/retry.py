@@ -48,10 +48,11 @@ def patience() -> float:
 
 def is_transient(error: BaseException) -> bool:
     """Whether `error`, or what it was raised from, may pass by itself."""
-    return any(_is_transient(one) for one in _with_causes(error))
+    return any(_is_transient(one) for one in with_causes(error))
 
 
-def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+def with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """`error`, and what it was raised from, back to the first."""
     while error is not None:
         yield error
         error = error.__cause__

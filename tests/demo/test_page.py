@@ -40,7 +40,7 @@ def _serve(run, kind, folder):
     process = subprocess.Popen(
         [sys.executable, "-m", "deco_jax", "demo", run, "--port=0", "--max-images=2", "--max-side=64"],
         cwd=ROOT,
-        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "TMPDIR": str(folder)},
+        env=os.environ | {"TMPDIR": str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -361,7 +361,7 @@ def test_kills_at_random_moments(start, tmp_path, processes):
         if kills == 0:  # once while it draws, for certain
             wait_for(tmp_path / "cut/samples-00001.npy")
         else:
-            time.sleep(dice.uniform(1, 8) if kills < 4 else 60)
+            time.sleep(dice.uniform(1, 8) if kills < 6 else 60)
         if any(process.poll() is None for process in started):
             dice.choice(started).kill()
             kills += 1

@@ -16,6 +16,8 @@ from deco_jax.pretrained import names
 from deco_jax.weights import translate
 from tests.helpers import Golden, relative_error
 
+# As users compile them: these are the recordings of the networks that we ship.
+pytestmark = pytest.mark.usefixtures("optimised")
 CASES = ["deco_c2i", "deco_c2i_wide"]
 # The same parameters through every way of compiling the blocks.
 VARIANTS = {

@@ -12,6 +12,9 @@ from deco_jax.pretrained import names
 from deco_jax.weights import translate
 from tests.helpers import Golden, relative_error
 
+# As users compile them: these are the recordings of the networks that we ship.
+pytestmark = pytest.mark.usefixtures("optimised")
+
 XXL = {
     "patch_size": 16,
     "width": 1536,

@@ -30,7 +30,11 @@ def planned(topology, preset, *more):
     """What `deco plan` says, in a process of its own, as libtpu is never unloaded."""
     command = [sys.executable, "-m", "deco_jax", "plan", "--config", str(ROOT / "configs/imagenet256_deco_xl.py")]
     command += [f"--topology={topology}", "--per-device-batch=16", f"--preset={preset}", "--json"]
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "JAX_PLATFORMS"))}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("TPU_", "JAX_PLATFORMS", "JAX_DISABLE_MOST"))
+    }
     command += [f"--config.{setting}" for setting in (*SETTINGS, *more)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False, env=env)
     assert done.returncode == 0, done.stderr
@@ -54,9 +58,13 @@ def test_accumulation_sends_no_more():
     assert sent(four) == pytest.approx(sent(once), rel=0.03)
 
 
-def test_fsdp_gathers_twice_and_adds_up_once():
-    """Guards against loops that gather, multiply and add up at a time: 17.6 GB of traffic."""
-    report = planned("v5p:2x2x4", "fsdp")
+@pytest.mark.parametrize("topology, moved", [("v5e:4x4", 4.1), ("v5p:2x2x4", 8.0)])
+def test_fsdp_gathers_twice_and_adds_up_once(topology, moved):
+    """Guards against loops that gather, multiply and add up at a time: 17.6 GB of traffic on v5p.
+
+    3.85 and 7.58 GB when this was set.
+    """
+    report = planned(topology, "fsdp")
     kinds, all_of_it = report["collectives"], gradients(report)
     assert set(kinds) <= {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"}
     assert 1.5 <= kinds["all-gather"]["bytes"] / 1e9 / (all_of_it / 2) <= 2.2, (
@@ -64,7 +72,7 @@ def test_fsdp_gathers_twice_and_adds_up_once():
     )
     added = sum(kinds[kind]["bytes"] for kind in ("reduce-scatter", "all-reduce") if kind in kinds)
     assert 0.95 <= added / 1e9 / all_of_it <= 1.1
-    assert report["hbm_bytes"] <= 8.0e9, "7.58 GB when this was set"
+    assert report["hbm_bytes"] <= moved * 1e9
 
 
 def test_zero1_gathers_once_and_adds_up_once():
